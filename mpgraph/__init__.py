@@ -1,0 +1,48 @@
+"""Mixed-precision training for PyTorch as a graph rewrite."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Where each public name lives: `import mpgraph` loads none of it, and not torch either.
+_HOMES = {
+    "convert": "conversion",
+    "text": "graph_text",
+    "Policy": "policy",
+    "Override": "policy",
+    "MPGraphError": "errors",
+    "CaptureError": "errors",
+    "PolicyError": "errors",
+    "PrecisionError": "errors",
+    "ExportError": "errors",
+    "VerificationError": "errors",
+}
+
+if TYPE_CHECKING:
+    from mpgraph.conversion import convert as convert
+    from mpgraph.errors import CaptureError as CaptureError
+    from mpgraph.errors import ExportError as ExportError
+    from mpgraph.errors import MPGraphError as MPGraphError
+    from mpgraph.errors import PolicyError as PolicyError
+    from mpgraph.errors import PrecisionError as PrecisionError
+    from mpgraph.errors import VerificationError as VerificationError
+    from mpgraph.policy import Override as Override
+    from mpgraph.policy import Policy as Policy
+    from mpgraph.graph_text import text as text
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mpgraph' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"mpgraph.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

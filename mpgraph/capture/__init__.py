@@ -1,0 +1,1 @@
+"""Two capture engines, one form: see :mod:`mpgraph.ir` for what they yield."""

@@ -1,0 +1,113 @@
+"""Which engine captures a call, and what happens between capture and the first run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpgraph import ir
+from mpgraph.capture.captured import Captured
+from mpgraph.capture.detect import NeedsDynamo
+from mpgraph.capture.export import Call, capture_export
+from mpgraph.errors import MPGraphError
+from mpgraph.module import Specialisation, State, capturing, make_specialisation
+from mpgraph.passes import DEFAULT_PASSES
+from mpgraph.pipeline import PassContext, PassReport, run_passes
+from mpgraph.precision import logger
+from mpgraph.structure import Spec, leaf_names
+
+
+def capture_call(
+    state: State, model: nn.Module, leaves: list[Any], spec: Spec, earlier: list[Any]
+) -> Specialisation:
+    """Capture one call, rewrite the graph, and make it ready to run.
+
+    Raises:
+        CaptureError: No engine can carry the call; says why, and what to do.
+    """
+    context = _context(state)
+    names = _names(spec)
+    captured, reports = _capture_export(state, model, leaves, spec, names, earlier, context)
+    label = _label(model, leaves, names)
+    shapes = [leaf.shape for leaf in leaves]
+    return make_specialisation(model, state, captured, reports, context, label, shapes)
+
+
+def _context(state: State) -> PassContext:
+    settings = state.settings
+    return PassContext(
+        policy=settings.policy,
+        compute=settings.precision.compute,
+        device=settings.device,
+        grad=torch.is_grad_enabled(),
+        strict=settings.policy.preset.startswith("autocast"),
+    )
+
+
+def _names(spec: Spec) -> list[str]:
+    # The description is of (args, kwargs): "0_0" is args[0], "1_x" is kwargs["x"].
+    names = []
+    for name in leaf_names(spec):
+        group, _, rest = name.partition("_")
+        names.append(rest if group == "1" else f"arg_{rest}")
+    return names
+
+
+def _dynamic_dims(leaves: list[Any], earlier: list[Any]) -> list[frozenset[int]]:
+    """Dimensions that may vary: batch and sequence at first, then whatever has varied."""
+    dims = [_first_guess(leaf) for leaf in leaves]
+    for entry in earlier:
+        for index, shape in enumerate(entry.shapes):
+            changed = {d for d, size in enumerate(shape) if leaves[index].shape[d] != size}
+            dims[index] |= changed
+    return dims
+
+
+def _first_guess(leaf: torch.Tensor) -> frozenset[int]:
+    """The batch; and the second dimension of token ids and of (batch, sequence, features)."""
+    if leaf.dim() == 0:
+        return frozenset()
+    is_sequence = leaf.dim() == 3 or (leaf.dim() == 2 and not leaf.is_floating_point())
+    return frozenset({0, 1} if is_sequence else {0})
+
+
+def _capture_export(
+    state: State,
+    model: nn.Module,
+    leaves: list[Any],
+    spec: Spec,
+    names: list[str],
+    earlier: list[Any],
+    context: PassContext,
+) -> tuple[Captured, list[PassReport]]:
+    """Export with dynamic sizes, and with fixed ones where that cannot be."""
+    forward = state.original_forward()
+    dynamic = Call(leaves, spec, names, _dynamic_dims(leaves, earlier))
+    static = Call(leaves, spec, names, [frozenset()] * len(leaves))
+
+    def attempt(call: Call) -> tuple[Captured, list[PassReport]]:
+        captured = capture_export(model, forward, call, context.autocast())
+        return captured, run_passes(captured.graph_module, DEFAULT_PASSES, context)
+
+    with capturing():
+        if any(dynamic.dynamic):
+            try:
+                return attempt(dynamic)
+            except (NeedsDynamo, MPGraphError):
+                raise
+            except Exception as error:
+                logger.debug("capture with dynamic sizes failed: %s", error)
+        return attempt(static)
+
+
+def _label(model: nn.Module, leaves: list[Any], names: list[str]) -> str:
+    mode = "train" if model.training else "eval"
+    grad = "" if torch.is_grad_enabled() else ", no_grad"
+    shapes = ", ".join(
+        f"{name}: {ir.short_name(leaf.dtype)}{list(leaf.shape)}"
+        for name, leaf in zip(names, leaves, strict=True)
+        if isinstance(leaf, torch.Tensor)
+    )
+    return f"{type(model).__name__} {mode}{grad} ({shapes})"

@@ -1,0 +1,323 @@
+"""The export engine: one ``torch.export`` of one call, as a flat graph.
+
+The model is exported through a wrapper whose arguments and results are flat lists of tensors, so
+that containers, dataclasses and ``None`` are mpgraph's own affair. The wrapper also notices what
+``forward`` leaves behind on the modules: tensors that it assigns to attributes or buffers become
+further results, to be assigned after every run; anything else that changes (a counter, a list)
+is a reason to take the other engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim
+from torch.export.graph_signature import ConstantArgument, InputKind
+
+from mpgraph import ir
+from mpgraph.capture.captured import Assignment, Captured, Slot
+from mpgraph.capture.detect import NeedsDynamo, watch
+from mpgraph.structure import Spec, flatten, leaf_names, opaque_values, unflatten
+
+Forward = Callable[..., Any]
+_MISSING = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a model, its tensors apart from the rest.
+
+    Attributes:
+        leaves: The tensors among the arguments, in order.
+        spec: How ``(args, kwargs)`` are put together again.
+        names: A readable name per leaf.
+        dynamic: Per leaf, the dimensions whose size may vary.
+    """
+
+    leaves: Sequence[torch.Tensor]
+    spec: Spec
+    names: Sequence[str]
+    dynamic: Sequence[frozenset[int]]
+
+
+@dataclasses.dataclass
+class _Plan:
+    """What the wrapper calls, and what it noticed while it was traced.
+
+    An object of its own: export copies the plain attributes of the modules that it traces.
+    """
+
+    model: nn.Module
+    forward: Forward
+    spec: Spec
+    output: Spec | None = None
+    assignments: tuple[Assignment, ...] = ()
+
+
+class _FlatModule(nn.Module):
+    """Calls ``forward(model, *args, **kwargs)`` from flat leaves and returns flat leaves."""
+
+    def __init__(self, plan: _Plan) -> None:
+        super().__init__()
+        self.model = plan.model
+        self.plan = plan
+        # Not train(): that would reset modules that the user has frozen in eval mode.
+        self.training = plan.model.training
+
+    def forward(self, *leaves: torch.Tensor) -> list[Any]:
+        plan = self.plan
+        args, kwargs = unflatten(plan.spec, leaves)
+        with _attribute_changes(plan.model) as changes:
+            value = plan.forward(plan.model, *args, **kwargs)
+        outputs, plan.output = flatten(value)
+        _refuse_opaque(plan.output)
+        assignments = []
+        for (path, name, is_buffer), changed in changes.items():
+            parts, part_spec = flatten(changed)
+            outputs.extend(parts)
+            assignments.append(Assignment(path, name, is_buffer, part_spec))
+        plan.assignments = tuple(assignments)
+        return outputs
+
+
+def _refuse_opaque(output: Spec) -> None:
+    for value in opaque_values(output):
+        raise NeedsDynamo(
+            f"forward returns an object of type {type(value).__name__!r}, which cannot be taken "
+            "apart into tensors"
+        )
+
+
+def capture_export(
+    model: nn.Module,
+    forward: Forward,
+    call: Call,
+    autocast: contextlib.AbstractContextManager[Any],
+) -> Captured:
+    """Export one call of ``forward(model, …)``, traced inside ``autocast``.
+
+    Raises:
+        NeedsDynamo: Exporting would drop something; the other engine can carry it.
+        Exception: Whatever torch.export or the model raises.
+    """
+    started = time.perf_counter()
+    plan = _Plan(model, forward, call.spec)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), watch():
+        warnings.simplefilter("ignore")
+        with autocast:
+            program = _export(_FlatModule(plan), call)
+    assert plan.output is not None
+    gm = program.graph_module
+    slots, constants = _slots(program, call)
+    _annotate(gm, slots, call)
+    accepts = _guards(program)
+    _drop_unused_placeholders(gm)
+    seconds = time.perf_counter() - started
+    return Captured(gm, constants, plan.output, plan.assignments, accepts, seconds)
+
+
+def _export(wrapper: _FlatModule, call: Call) -> torch.export.ExportedProgram:
+    shapes = tuple({dim: Dim.AUTO for dim in sorted(dims)} for dims in call.dynamic)
+    return torch.export.export(
+        wrapper, tuple(call.leaves), {}, strict=False, dynamic_shapes={"leaves": shapes}
+    )
+
+
+@contextlib.contextmanager
+def _attribute_changes(model: nn.Module) -> Iterator[dict[tuple[str, str, bool], Any]]:
+    """Collect what the block assigns to modules, and put everything back as it was."""
+    before = {path: _state(module) for path, module in model.named_modules()}
+    changes: dict[tuple[str, str, bool], Any] = {}
+    yield changes
+    for path, module in model.named_modules():
+        old_buffers, old_attributes, old_lengths = before.get(path, ({}, {}, {}))
+        changes.update(_restore(path, module._buffers, old_buffers, True))
+        changes.update(_restore(path, vars(module), old_attributes, False))
+        _refuse_grown(path, module, old_lengths)
+
+
+def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+    attributes = {k: v for k, v in vars(module).items() if k not in _MODULE_STATE}
+    sizes = {k: len(v) for k, v in attributes.items() if isinstance(v, (list, dict, set))}
+    return dict(module._buffers), attributes, sizes
+
+
+_MODULE_STATE = frozenset(vars(nn.Module()))
+# What torch.nn.RNNBase remembers of its parameters; it renews this at every call.
+_BOOKKEEPING = frozenset({"_flat_weights", "_flat_weight_refs"})
+
+
+def _restore(
+    path: str, current: dict[str, Any], old: dict[str, Any], is_buffer: bool
+) -> dict[tuple[str, str, bool], Any]:
+    changed = {}
+    for name in list(current):
+        if not is_buffer and name in _MODULE_STATE:
+            continue
+        value, earlier = current[name], old.get(name, _MISSING)
+        if value is earlier or _same_tensor_values(value, earlier):
+            continue
+        if name not in _BOOKKEEPING:
+            _refuse_plain(path, name, value)
+            changed[path, name, is_buffer] = value
+        if earlier is _MISSING:
+            del current[name]
+        else:
+            current[name] = earlier
+    return changed
+
+
+def _same_tensor_values(value: Any, earlier: Any) -> bool:
+    if isinstance(value, torch.Tensor) or isinstance(earlier, torch.Tensor):
+        return False
+    try:
+        return type(value) is type(earlier) and bool(value == earlier)
+    except Exception:
+        return False
+
+
+def _refuse_plain(path: str, name: str, value: Any) -> None:
+    leaves, spec = flatten(value)
+    if not leaves or any(True for _ in opaque_values(spec)):
+        owner = f"{path}.{name}" if path else name
+        raise NeedsDynamo(f"forward changes the attribute {owner!r}, which a graph would freeze")
+
+
+def _refuse_grown(path: str, module: nn.Module, lengths: dict[str, int]) -> None:
+    for name, length in lengths.items():
+        value = vars(module).get(name)
+        if isinstance(value, (list, dict, set)) and len(value) != length:
+            raise NeedsDynamo(
+                f"forward adds to the {type(value).__name__} {path}.{name}".replace(" .", " ")
+            )
+
+
+_KINDS = {
+    InputKind.PARAMETER: "parameter",
+    InputKind.BUFFER: "buffer",
+    InputKind.CONSTANT_TENSOR: "constant",
+    InputKind.CUSTOM_OBJ: "constant",
+}
+
+
+def _slots(
+    program: torch.export.ExportedProgram, call: Call
+) -> tuple[list[Slot], dict[str, Any]]:
+    slots: list[Slot] = []
+    constants: dict[str, Any] = {}
+    inputs = 0
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT:
+            assert not isinstance(spec.arg, ConstantArgument)
+            slots.append(Slot("input", call.names[inputs], inputs))
+            inputs += 1
+            continue
+        target = str(spec.target)
+        kind = _KINDS[spec.kind]
+        if kind == "constant":
+            constants[target] = program.constants[target]
+        elif not target.startswith("model."):
+            raise NeedsDynamo(f"the state {target!r} does not belong to the model")
+        slots.append(Slot(kind, target.removeprefix("model.")))  # type: ignore[arg-type]
+    return slots, constants
+
+
+def _annotate(gm: fx.GraphModule, slots: list[Slot], call: Call) -> None:
+    for node, slot in zip(gm.graph.find_nodes(op="placeholder"), slots, strict=True):
+        name = f"{_PREFIX[slot.kind]}{slot.target}"
+        node._rename(gm.graph._graph_namespace.create_name(re.sub(r"\W", "_", name), None))
+        node.meta["slot"] = slot
+        node.meta["leaf"] = slot.kind == "parameter" or (
+            slot.kind == "input" and is_trainable_leaf(call.leaves[slot.index])
+        )
+        node.meta["differentiable"] = slot.kind in ("parameter", "input")
+    for body in ir.all_graphs(gm):
+        for node in body.graph.nodes:
+            node.meta["module_path"] = _module_path(node)
+            node.meta["captured"] = node.meta.get("val")
+
+
+_PREFIX = {"parameter": "p_", "buffer": "b_", "constant": "c_", "input": "", "cast": "w_"}
+
+
+def is_trainable_leaf(value: Any) -> bool:
+    """Whether torch.autocast would keep one 16-bit copy of this tensor per forward."""
+    return isinstance(value, torch.Tensor) and value.requires_grad and value.is_leaf
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    if path == "model" or not path.startswith("model."):
+        return ""
+    return re.sub(r"@\d+", "", path.removeprefix("model."))
+
+
+def _drop_unused_placeholders(gm: fx.GraphModule) -> None:
+    for node in list(gm.graph.find_nodes(op="placeholder")):
+        if not node.users:
+            gm.graph.erase_node(node)
+
+
+def _guards(program: torch.export.ExportedProgram) -> Callable[[Sequence[Any]], bool]:
+    """A check of the sizes of the input leaves against what the graph was traced for."""
+    conditions = list(program._guards_code)
+    first: dict[Any, str] = {}
+    values = [
+        node.meta["captured"]
+        for node, spec in zip(
+            program.graph.find_nodes(op="placeholder"),
+            program.graph_signature.input_specs,
+            strict=True,
+        )
+        if spec.kind is InputKind.USER_INPUT
+    ]
+    for index, value in enumerate(values):
+        for dim, size in enumerate(value.shape):
+            text = f"L['leaves'][{index}].size()[{dim}]"
+            conditions.extend(_size_condition(text, size, first, program.range_constraints))
+    source = " and ".join(f"({c})" for c in conditions) or "True"
+    return _compile_guards(source)
+
+
+def _size_condition(
+    text: str, size: Any, first: dict[Any, str], ranges: dict[Any, Any]
+) -> Iterator[str]:
+    if isinstance(size, int):
+        yield f"{text} == {size}"
+        return
+    expression = size.node.expr
+    if expression in first:
+        yield f"{text} == {first[expression]}"
+        return
+    first[expression] = text
+    limits = ranges.get(expression)
+    if limits is not None:
+        yield f"{text} >= {max(int(limits.lower), 2)}"
+        if limits.upper.is_finite and limits.upper < 2**31:
+            yield f"{text} <= {int(limits.upper)}"
+    elif len(expression.free_symbols) != 1 or expression not in expression.free_symbols:
+        # A size such as 2*s0: tied to what s0 is elsewhere; the hint is the only sure value.
+        yield f"{text} == {size.node.hint}"
+
+
+def _compile_guards(source: str) -> Callable[[Sequence[Any]], bool]:
+    from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+
+    check = eval(f"lambda L: {source}", {**SYMPY_INTERP})
+
+    def accepts(leaves: Sequence[Any]) -> bool:
+        return bool(check({"leaves": leaves}))
+
+    accepts.source = source  # type: ignore[attr-defined]
+    return accepts

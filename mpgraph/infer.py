@@ -1,0 +1,119 @@
+"""The dtypes that an operator yields for given inputs, asked of torch itself.
+
+Promotion rules are many (zero-dimensional tensors, Python numbers, explicit ``dtype=``), so none
+is written down here: the operator runs on fake tensors. The answer depends on the operator and
+on the dtypes of its inputs only, so it is asked once per such pair, whatever the graph's size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from mpgraph import ir
+
+Signature = tuple[Any, ...]
+
+
+class DtypeInference:
+    """Answers, with a memo, which dtypes a node yields if its inputs have given dtypes."""
+
+    def __init__(self) -> None:
+        self._memo: dict[Signature, list[torch.dtype | None]] = {}
+
+    def result(self, node: fx.Node, cast_to: torch.dtype | None, extra: dict[str, Any]) -> Any:
+        """The value of ``node`` when its eligible inputs are cast to ``cast_to``.
+
+        Shapes are those of the captured value. ``extra`` holds keyword arguments that replace
+        the node's own.
+        """
+        signature = _signature(node, cast_to, extra)
+        dtypes = self._memo.get(signature)
+        if dtypes is None:
+            dtypes = self._memo[signature] = _ask(node, cast_to, extra)
+        return _with_dtypes(node.meta["captured"], dtypes)
+
+
+def _signature(node: fx.Node, cast_to: torch.dtype | None, extra: dict[str, Any]) -> Signature:
+    parts: list[Any] = [node.target]
+
+    def note(value: Any) -> None:
+        if isinstance(value, fx.Node):
+            val = value.meta.get("val")
+            parts.append(_tensor_part(val, cast_to))
+        elif isinstance(value, (list, tuple)):
+            parts.append(len(value))
+            for item in value:
+                note(item)
+        else:
+            parts.append(value if isinstance(value, torch.dtype) else type(value))
+
+    for argument in node.args:
+        note(argument)
+    for key, argument in sorted({**node.kwargs, **extra}.items()):
+        parts.append(key)
+        note(argument)
+    return tuple(parts)
+
+
+def _tensor_part(val: Any, cast_to: torch.dtype | None) -> Any:
+    if isinstance(val, torch.Tensor):
+        dtype = cast_to if cast_to is not None and val.dtype in ir.ELIGIBLE else val.dtype
+        return dtype, val.dim() == 0
+    return type(val)
+
+
+def _ask(
+    node: fx.Node, cast_to: torch.dtype | None, extra: dict[str, Any]
+) -> list[torch.dtype | None]:
+    def value_of(argument: fx.Node) -> Any:
+        val = argument.meta["val"]
+        if cast_to is not None and isinstance(val, torch.Tensor) and val.dtype in ir.ELIGIBLE:
+            return ir.retype(val, cast_to)
+        return val
+
+    args = map_arg(node.args, value_of)
+    kwargs = {**map_arg(node.kwargs, value_of), **extra}
+    with fake_mode_of(args, kwargs), torch.no_grad():
+        result = _call(node.target, args, kwargs)
+    return [leaf.dtype if isinstance(leaf, torch.Tensor) else None for leaf in _leaves(result)]
+
+
+def _call(target: Any, args: Any, kwargs: Any) -> Any:
+    # A value that is only looked at must not be written to: mutating operators get copies.
+    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+    return target(*args, **kwargs)
+
+
+def fake_mode_of(*values: Any) -> contextlib.AbstractContextManager[Any]:
+    """The fake mode of the first fake tensor among ``values``."""
+    for leaf in pytree.tree_leaves(values):
+        if isinstance(leaf, FakeTensor):
+            return leaf.fake_mode
+    return contextlib.nullcontext()
+
+
+def _leaves(value: Any) -> list[Any]:
+    return pytree.tree_leaves(value)
+
+
+def _with_dtypes(value: Any, dtypes: list[torch.dtype | None]) -> Any:
+    leaves, spec = pytree.tree_flatten(value)
+    if len(leaves) != len(dtypes):
+        raise AssertionError(f"{len(leaves)} captured results, {len(dtypes)} inferred ones")
+    changed = [
+        ir.retype(leaf, dtype) if isinstance(leaf, torch.Tensor) and dtype is not None else leaf
+        for leaf, dtype in zip(leaves, dtypes, strict=True)
+    ]
+    return pytree.tree_unflatten(changed, spec)
+
+
+Inference = Callable[[fx.Node, "torch.dtype | None", dict[str, Any]], Any]

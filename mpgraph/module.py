@@ -1,0 +1,512 @@
+"""The converted module: the user's class with another ``forward``."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import inspect
+import threading
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpgraph import ir
+from mpgraph.capture.captured import Captured, slots_of
+from mpgraph.errors import CaptureError, MPGraphError, PrecisionError
+from mpgraph.pipeline import PassContext, PassReport
+from mpgraph.policy import Policy
+from mpgraph.precision import Precision
+from mpgraph.structure import Spec, flatten, unflatten
+from mpgraph.weights import WeightCopies
+
+STATE = "_mpgraph"
+_local = threading.local()
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What ``convert`` was asked for."""
+
+    precision: Precision
+    policy: Policy
+    capture: str
+    device: str
+    max_graphs: int = 64
+
+
+@dataclasses.dataclass
+class Specialisation:
+    """One captured and rewritten graph, ready to run.
+
+    Attributes:
+        label: For people: mode and argument shapes.
+        shapes: The sizes of the arguments at capture.
+        captured: The graph and what its inputs and outputs stand for.
+        reports: What each pass did.
+        context: What the passes knew.
+    """
+
+    label: str
+    shapes: list[torch.Size]
+    captured: Captured
+    reports: list[PassReport]
+    context: PassContext
+    engine: str
+    run: Callable[..., Any]
+    gather: Callable[[Sequence[Any]], list[Any]]
+    assign: Callable[[list[Any]], None] | None
+
+    @property
+    def graph_module(self) -> torch.fx.GraphModule:
+        """The rewritten graph."""
+        return self.captured.graph_module
+
+    def __call__(self, leaves: Sequence[Any]) -> Any:
+        """Run the graph on the flattened arguments; give the model's result."""
+        outputs = self.run(*self.gather(leaves))
+        result = unflatten(self.captured.output, outputs)
+        if self.assign is not None:
+            self.assign(outputs)
+        return result
+
+
+class MixedPrecision:
+    """Mixed into the class of every converted module; ``isinstance`` tells converted ones."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        original = state_of(self).original
+        return _rebuild, (original,), dict(vars(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)  # type: ignore[arg-type]
+
+
+def _rebuild(original: type[nn.Module]) -> Any:
+    cls = converted_class(original)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def converted_class(original: type[nn.Module]) -> type[Any]:
+    """A subclass of ``original`` whose ``forward`` runs the rewritten graph."""
+
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return vars(self)[STATE].call(self, args, kwargs)
+
+    namespace = {"forward": forward, "__module__": original.__module__, "__doc__": original.__doc__}
+    return type(f"MixedPrecision{original.__name__}", (MixedPrecision, original), namespace)
+
+
+def state_of(model: Any) -> State:
+    """The conversion state of a converted module.
+
+    Raises:
+        MPGraphError: The module was not converted.
+    """
+    state = vars(model).get(STATE) if hasattr(model, "__dict__") else None
+    if not isinstance(state, State):
+        raise MPGraphError(
+            f"expected a module from mpgraph.convert, found {type(model).__name__}. "
+            "Convert it first: model = mpgraph.convert(model, 'bf16')"
+        )
+    return state
+
+
+class State:
+    """Captures calls, keeps the graphs, and runs the right one."""
+
+    def __init__(self, settings: Settings, original: type[nn.Module], forward: Any = None) -> None:
+        self.settings = settings
+        self.original = original
+        # An instance's own forward (as accelerate sets it) wins over its class's.
+        self.instance_forward = forward
+        self.weights = WeightCopies()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._by_key: dict[Any, list[Any]] = {}
+        self._tree: _Tree | None = None
+        self._signature: _Signature | None = None
+        self._said: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Graphs are captured again after copying or loading: they point into one module."""
+        keep = ("settings", "original", "instance_forward")
+        return {name: vars(self)[name] for name in keep}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.weights = WeightCopies()
+        self._reset()
+
+    def specialisations(self) -> list[Any]:
+        """Every graph captured so far, in order of capture."""
+        return [entry for entries in self._by_key.values() for entry in entries]
+
+    def original_forward(self) -> Callable[..., Any]:
+        """The user's ``forward``, taking the module first."""
+        if self.instance_forward is not None:
+            return lambda _, *args, **kwargs: self.instance_forward(*args, **kwargs)
+        return self.original.forward
+
+    def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call: through its graph, or the user's own forward while it is captured."""
+        if getattr(_local, "capturing", False):
+            return self.original_forward()(model, *args, **kwargs)
+        arguments = self._bind(model, args, kwargs)
+        leaves, spec = flatten(arguments)
+        entry = self._find(model, leaves, spec)
+        if torch.is_autocast_enabled(self.settings.device):
+            return self._run_without_autocast(entry, leaves)
+        return entry(leaves)
+
+    def capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Capture the graph for a call without running it."""
+        leaves, spec = flatten(self._bind(model, args, kwargs))
+        return self._find(model, leaves, spec)
+
+    def _bind(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._signature is None:
+            self._signature = _Signature(self.original_forward(), type(model).__name__)
+        return self._signature.bind(args, kwargs)
+
+    def _find(self, model: nn.Module, leaves: list[Any], spec: Spec) -> Any:
+        if self._tree is None or not self._tree.is_current():
+            self._by_key.clear()
+            self._tree = _Tree(model)
+        self._tree.check_dtypes(self.settings)
+        key = (
+            spec,
+            tuple([_describe(leaf) for leaf in leaves]),
+            self._tree.training(),
+            torch.is_grad_enabled(),
+        )
+        entries = self._by_key.get(key)
+        if entries is None:
+            entries = self._by_key[key] = []
+        for entry in entries:
+            if entry.captured.accepts(leaves):
+                return entry
+        return self._capture(model, leaves, spec, entries)
+
+    def _capture(self, model: nn.Module, leaves: list[Any], spec: Spec, entries: list[Any]) -> Any:
+        from mpgraph.capture.engines import capture_call
+
+        self._refuse_growth()
+        entry = capture_call(self, model, leaves, spec, entries)
+        entries.append(entry)
+        return entry
+
+    def _refuse_growth(self) -> None:
+        count, limit = len(self.specialisations()), self.settings.max_graphs
+        if count >= limit:
+            raise CaptureError(
+                f"this model was captured {count} times, for as many kinds of call; the limit is "
+                f"{limit}. mpgraph.explain(model) lists them. Pad inputs to fewer shapes, pass "
+                "changing numbers as tensors, or raise max_graphs in mpgraph.convert."
+            )
+        if count == limit // 2:
+            self.say(
+                f"this model has been captured {count} times for different kinds of call "
+                "(mpgraph.explain lists them); every new kind costs a capture."
+            )
+
+    def _run_without_autocast(self, entry: Any, leaves: list[Any]) -> Any:
+        self.say(
+            "a torch.autocast region around a converted model changes nothing inside it; the "
+            "model's own precision holds. You can remove the region."
+        )
+        with torch.autocast(self.settings.device, enabled=False):
+            return entry(leaves)
+
+    def say(self, message: str) -> None:
+        """Warn once per module."""
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(f"mpgraph: {message}", stacklevel=6)
+
+
+class capturing:
+    """While this is active, converted modules run the user's own forward."""
+
+    def __enter__(self) -> None:
+        self._before = getattr(_local, "capturing", False)
+        _local.capturing = True
+
+    def __exit__(self, *_: object) -> None:
+        _local.capturing = self._before
+
+
+def _describe(leaf: Any) -> tuple[Any, ...]:
+    if isinstance(leaf, torch.Tensor):
+        leaf_kind = leaf.requires_grad and leaf.is_leaf
+        return type(leaf), leaf.dtype, leaf.dim(), leaf.device, leaf_kind
+    return (type(leaf),)
+
+
+class _Signature:
+    """Arguments in one canonical form: whatever has a name by name, defaults left out."""
+
+    def __init__(self, forward: Callable[..., Any], owner: str) -> None:
+        self.owner = owner
+        signature = inspect.signature(forward)
+        parameters = list(signature.parameters.values())
+        bound = inspect.ismethod(forward)
+        self.parameters = parameters if bound else parameters[1:]
+        self.signature = signature.replace(parameters=self.parameters)
+        kinds = {p.kind for p in self.parameters}
+        self.names = [p.name for p in self.parameters]
+        self.defaults = {
+            p.name: p.default for p in self.parameters if p.default is not inspect.Parameter.empty
+        }
+        self.required = [
+            p.name
+            for p in self.parameters
+            if p.default is inspect.Parameter.empty
+            and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+        # *args and positional-only arguments keep their places.
+        self.by_name = not kinds & {
+            inspect.Parameter.VAR_POSITIONAL,
+            inspect.Parameter.POSITIONAL_ONLY,
+        }
+        self.open = inspect.Parameter.VAR_KEYWORD in kinds
+
+    def bind(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not self.by_name:
+            self._check(args, kwargs)
+            return args, kwargs
+        if len(args) > len(self.names) or not self._is_complete(args, kwargs):
+            self._check(args, kwargs)
+        merged = dict(zip(self.names, args, strict=False))
+        merged.update(kwargs)
+        defaults = self.defaults
+        return (), {
+            name: merged[name]
+            for name in (*self.names, *merged)
+            if name in merged and not (name in defaults and _is_default(merged[name], defaults[name]))
+        }
+
+    def _is_complete(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        given = self.names[: len(args)]
+        if any(name in kwargs for name in given):
+            return False
+        if not self.open and any(name not in self.names for name in kwargs):
+            return False
+        return all(name in kwargs or name in given for name in self.required)
+
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        try:
+            self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise CallError(
+                f"{self.owner}.forward{self.signature}: {error}. "
+                f"Found {len(args)} positional arguments and {sorted(kwargs) or 'no keywords'}."
+            ) from None
+
+
+class CallError(MPGraphError, TypeError):
+    """A converted module was called with arguments that its forward does not take."""
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    return value is default or (
+        isinstance(value, (bool, int, float, str))
+        and type(value) is type(default)
+        and value == default
+    )
+
+
+class _Tree:
+    """The modules below a model as they were at capture: structure, modes and dtypes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = list(model.modules())
+        self._children = [
+            (m._modules, list(m._modules.values())) for m in self.modules if m._modules
+        ]
+        self._parameters = [
+            (m._parameters, name, parameter, path)
+            for path, m in model.named_modules()
+            for name, parameter in m._parameters.items()
+            if parameter is not None
+        ]
+
+    def is_current(self) -> bool:
+        """Whether no module has been added, removed or replaced since."""
+        return all(list(now.values()) == then for now, then in self._children)
+
+    def training(self) -> tuple[bool, ...]:
+        """The training flag of every module."""
+        return tuple([module.training for module in self.modules])
+
+    def check_dtypes(self, settings: Settings) -> None:
+        """Refuse parameters that lost their float32 masters after conversion."""
+        if settings.precision.pure:
+            return
+        for owner, name, _, path in self._parameters:
+            parameter = owner.get(name)
+            if parameter is not None and parameter.dtype in (torch.bfloat16, torch.float16):
+                full = f"{path}.{name}" if path else name
+                raise PrecisionError(
+                    f"parameter {full!r} is now {ir.short_name(parameter.dtype)}, but this model "
+                    f"was converted to {settings.precision.name} with float32 masters: updates "
+                    "would be rounded away. Load or move the model without changing its dtype "
+                    "(load_state_dict without assign=True keeps float32)."
+                )
+
+
+def make_specialisation(
+    model: nn.Module,
+    state: State,
+    captured: Captured,
+    reports: list[PassReport],
+    context: PassContext,
+    label: str,
+    shapes: list[torch.Size],
+) -> Specialisation:
+    """Tie a rewritten graph to the module whose parameters it reads."""
+    gm = captured.graph_module
+    run: Callable[..., Any] = gm.forward
+    if any(node.target is ir.SET_GRAD for node in gm.graph.nodes):
+        run = _restoring_grad_mode(run)
+    return Specialisation(
+        label, shapes, captured, reports, context, "export", run,
+        gather=_gatherer(model, state, captured),
+        assign=_assigner(model, captured),
+    )  # fmt: skip
+
+
+def _restoring_grad_mode(run: Callable[..., Any]) -> Callable[..., Any]:
+    def run_and_restore(*values: Any) -> Any:
+        before = torch.is_grad_enabled()
+        try:
+            return run(*values)
+        finally:
+            torch._C._set_grad_enabled(before)
+
+    return run_and_restore
+
+
+def _gatherer(
+    model: nn.Module, state: State, captured: Captured
+) -> Callable[[Sequence[Any]], list[Any]]:
+    """A function from input leaves to one value per placeholder."""
+    getters: list[Callable[[Sequence[Any]], Any]] = []
+    for slot in slots_of(captured.graph_module):
+        if slot.kind == "input":
+            getters.append(functools.partial(_leaf, index=slot.index))
+        elif slot.kind == "constant":
+            getters.append(functools.partial(_constant, value=captured.constants[slot.target]))
+        else:
+            path, _, name = slot.target.rpartition(".")
+            owner = model.get_submodule(path)
+            table = owner._buffers if slot.kind == "buffer" else owner._parameters
+            if slot.kind == "cast":
+                getters.append(
+                    functools.partial(
+                        _weight, table=table, name=name, dtype=slot.dtype, copies=state.weights
+                    )
+                )
+            else:
+                getters.append(functools.partial(_entry, table=table, name=name))
+    return lambda leaves: [get(leaves) for get in getters]
+
+
+def _leaf(leaves: Sequence[Any], index: int) -> Any:
+    return leaves[index]
+
+
+def _constant(leaves: Sequence[Any], value: Any) -> Any:
+    return value
+
+
+def _entry(leaves: Sequence[Any], table: dict[str, Any], name: str) -> Any:
+    return table[name]
+
+
+def _weight(
+    leaves: Sequence[Any],
+    table: dict[str, Any],
+    name: str,
+    dtype: torch.dtype,
+    copies: WeightCopies,
+) -> Any:
+    return copies.get(table[name], dtype)
+
+
+def _assigner(model: nn.Module, captured: Captured) -> Callable[[list[Any]], None] | None:
+    if not captured.assignments:
+        return None
+    start = _count(captured.output)
+    plan = []
+    for assignment in captured.assignments:
+        count = _count(assignment.spec)
+        module = model.get_submodule(assignment.module)
+        plan.append((module, assignment, start, start + count))
+        start += count
+
+    def assign(outputs: list[Any]) -> None:
+        for module, assignment, first, last in plan:
+            value = unflatten(assignment.spec, outputs[first:last])
+            if assignment.is_buffer:
+                module._buffers[assignment.name] = value
+            else:
+                vars(module)[assignment.name] = value
+
+    return assign
+
+
+def _count(spec: Spec) -> int:
+    from mpgraph.structure import leaf_names
+
+    return sum(1 for _ in leaf_names(spec))
+
+
+def copy_tree(model: nn.Module) -> nn.Module:
+    """A copy of every module that shares every tensor: parameters, buffers and the rest.
+
+    As ``torch.nn.parallel.replicate`` does it; attributes that point back into the tree (a
+    stored submodule, a bound method) point into the copy.
+    """
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            copies[id(module)] = object.__new__(type(module))
+    for module in model.modules():
+        if id(module) in copies:
+            vars(copies[id(module)]).update(_copied_attributes(module, copies))
+    return copies[id(model)]  # type: ignore[no-any-return]
+
+
+def _copied_attributes(module: nn.Module, copies: dict[int, Any]) -> dict[str, Any]:
+    return {name: _redirect(value, copies) for name, value in vars(module).items()}
+
+
+def _redirect(value: Any, copies: dict[int, Any]) -> Any:
+    if isinstance(value, nn.Module):
+        return copies.get(id(value), value)
+    if isinstance(value, types.MethodType) and id(value.__self__) in copies:
+        return types.MethodType(value.__func__, copies[id(value.__self__)])
+    if type(value) in (list, tuple):
+        return type(value)(_redirect(item, copies) for item in value)
+    if isinstance(value, dict):
+        fresh = copy.copy(value)
+        fresh.update((key, _redirect(item, copies)) for key, item in value.items())
+        return fresh
+    return copy.copy(value) if type(value) is set else value
+
+
+def iterate_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter once, with its path."""
+    yield from model.named_parameters()

@@ -1,0 +1,186 @@
+"""Nested values taken apart into tensors and a hashable description, and put together again.
+
+``torch.utils._pytree`` refuses dataclasses and mappings that nobody registered, and its
+descriptions compare slowly. A model's arguments and results need neither refusal, so mpgraph
+has its own: whatever is a container is entered, whatever is a tensor is a leaf, and the rest is
+part of the description.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+LEAF_TYPES = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+PLAIN_TYPES = (
+    type(None), bool, int, float, complex, str, bytes, type, range,
+    torch.dtype, torch.device, torch.layout, torch.memory_format, enum.Enum,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """Where a tensor stood."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """A value that is compared and kept: ``1``, ``True`` and ``1.0`` are three values."""
+
+    type: type
+    value: Any
+
+
+class Opaque:
+    """An object that mpgraph does not enter; equal only to itself."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Opaque) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A container: how to build it again, the names of its parts, and the parts."""
+
+    type: type
+    context: Any
+    names: tuple[str, ...]
+    children: tuple[Spec, ...]
+    build: Callable[[Any, list[Any]], Any] = dataclasses.field(compare=False, hash=False)
+
+
+Spec = Leaf | Plain | Opaque | Node
+_LEAF = Leaf()
+
+
+def flatten(value: object) -> tuple[list[Any], Spec]:
+    """Take ``value`` apart: its tensors (and symbolic sizes) in order, and the rest."""
+    leaves: list[Any] = []
+    return leaves, _flatten(value, leaves)
+
+
+def unflatten(spec: Spec, leaves: Iterable[Any]) -> Any:
+    """Put a value together again from its description and its tensors."""
+    return _unflatten(spec, iter(leaves))
+
+
+def leaf_names(spec: Spec, prefix: str = "") -> Iterator[str]:
+    """A readable name for every leaf, built from keys, field names and positions."""
+    if isinstance(spec, Leaf):
+        yield prefix
+    elif isinstance(spec, Node):
+        for name, child in zip(spec.names, spec.children, strict=True):
+            yield from leaf_names(child, f"{prefix}_{name}" if prefix else name)
+
+
+def opaque_values(spec: Spec) -> Iterator[object]:
+    """Every object in the description that mpgraph could not enter."""
+    if isinstance(spec, Opaque):
+        yield spec.value
+    elif isinstance(spec, Node):
+        for child in spec.children:
+            yield from opaque_values(child)
+
+
+def _flatten(value: object, leaves: list[Any]) -> Spec:
+    if isinstance(value, LEAF_TYPES):
+        leaves.append(value)
+        return _LEAF
+    if isinstance(value, PLAIN_TYPES):
+        return Plain(type(value), value)
+    parts = _take_apart(value)
+    if parts is None:
+        return Opaque(value)
+    context, names, children, build = parts
+    specs = tuple(_flatten(child, leaves) for child in children)
+    return Node(type(value), context, names, specs, build)
+
+
+def _unflatten(spec: Spec, leaves: Iterator[Any]) -> Any:
+    if isinstance(spec, Leaf):
+        return next(leaves)
+    if isinstance(spec, Node):
+        return spec.build(spec.context, [_unflatten(child, leaves) for child in spec.children])
+    return spec.value
+
+
+_Parts = tuple[Any, tuple[str, ...], Iterable[Any], Callable[[Any, list[Any]], Any]]
+
+
+def _take_apart(value: Any) -> _Parts | None:
+    kind = type(value)
+    if kind is tuple or kind is list or kind is torch.Size:
+        return None, _positions(value), value, lambda _, parts, kind=kind: kind(parts)
+    if kind in (dict, collections.OrderedDict):
+        return tuple(value), _keys(value), value.values(), _build_mapping(kind)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return None, value._fields, value, lambda _, parts, kind=kind: kind(*parts)
+    if kind in pytree.SUPPORTED_NODES:
+        return _take_apart_registered(value)
+    if dataclasses.is_dataclass(value):
+        return _take_apart_dataclass(value)
+    return None
+
+
+def _positions(values: Iterable[Any]) -> tuple[str, ...]:
+    return tuple(str(index) for index, _ in enumerate(values))
+
+
+def _keys(value: Mapping[Any, Any]) -> tuple[str, ...]:
+    return tuple(str(key) for key in value)
+
+
+def _build_mapping(kind: type) -> Callable[[Any, list[Any]], Any]:
+    return lambda keys, parts: kind(zip(keys, parts, strict=True))
+
+
+def _take_apart_registered(value: Any) -> _Parts:
+    node = pytree.SUPPORTED_NODES[type(value)]
+    children, context = node.flatten_fn(value)
+
+    def build(wrapped: Any, parts: list[Any]) -> Any:
+        return node.unflatten_fn(parts, wrapped.value)
+
+    return _Context(context), _positions(children), children, build
+
+
+def _take_apart_dataclass(value: Any) -> _Parts:
+    names = tuple(field.name for field in dataclasses.fields(value))
+
+    def build(_: Any, parts: list[Any]) -> Any:
+        # Not through __init__, which may check, convert or have side effects.
+        made = object.__new__(type(value))
+        for name, part in zip(names, parts, strict=True):
+            object.__setattr__(made, name, part)
+        return made
+
+    return None, names, [getattr(value, name) for name in names], build
+
+
+class _Context:
+    """A pytree context, which need not be hashable: compared by value, hashed by its text."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Context) and bool(self.value == other.value)
+
+    def __hash__(self) -> int:
+        return hash(repr(self.value))

@@ -1,0 +1,77 @@
+"""The 16-bit copies of parameters, made again only when the parameter has changed."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_caches: weakref.WeakSet[WeightCopies] = weakref.WeakSet()
+_SAMPLES = 8
+
+
+class WeightCopies:
+    """Keeps ``parameter.to(dtype)``, differentiable, while the parameter is the same.
+
+    The copy's way back to the parameter (ToCopyBackward) keeps no tensors, so one copy serves
+    any number of forward and backward passes: all micro-batches of an accumulated step.
+
+    A copy is made again when the parameter's version counter, memory, ``requires_grad`` or
+    gradient mode differ, and after every step of any ``torch.optim`` optimizer. Writes through
+    ``parameter.data`` move none of these by themselves; on the CPU a few elements are compared
+    as well, and :meth:`clear` is there for the rest. On other devices, where such a comparison
+    would wait for the device, a copy lives for one forward pass only.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[int, torch.dtype], tuple[Any, ...]] = {}
+        _caches.add(self)
+
+    def get(self, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The parameter in ``dtype``; gradients of the result reach the parameter."""
+        if parameter.device.type != "cpu" or torch.is_inference_mode_enabled():
+            return parameter.to(dtype)
+        key = (id(parameter), dtype)
+        state = _state(parameter)
+        kept = self._copies.get(key)
+        if kept is not None and kept[0] is parameter and kept[1] == state:
+            if torch.equal(_sample(parameter), kept[3]):
+                return kept[2]
+        copy = parameter.to(dtype)
+        self._copies[key] = (parameter, state, copy, _sample(parameter).clone())
+        return copy
+
+    def clear(self) -> None:
+        """Forget every copy."""
+        self._copies.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightCopies:
+        return WeightCopies()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return WeightCopies, ()
+
+
+def _state(parameter: torch.Tensor) -> tuple[Any, ...]:
+    return (
+        parameter._version,
+        parameter.data_ptr(),
+        parameter.requires_grad,
+        torch.is_grad_enabled(),
+    )
+
+
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    """A few elements spread over the parameter, as a view."""
+    flat = parameter.detach().view(-1) if parameter.is_contiguous() else parameter.detach()
+    return flat[:: max(1, flat.shape[0] // _SAMPLES)] if flat.dim() == 1 else flat[:1]
+
+
+def _forget_all(*_: Any) -> None:
+    for cache in list(_caches):
+        cache.clear()
+
+
+register_optimizer_step_post_hook(_forget_all)

@@ -1,0 +1,26 @@
+"""The passes of mpgraph, one file each, and the order in which they run."""
+
+from __future__ import annotations
+
+from mpgraph.passes.assign_dtypes import assign_dtypes
+from mpgraph.passes.fold_casts import fold_casts
+from mpgraph.passes.hoist_weight_casts import hoist_weight_casts
+from mpgraph.passes.insert_casts import insert_casts
+from mpgraph.passes.normalize import normalize
+from mpgraph.passes.open_composites import open_composites
+from mpgraph.passes.remove_dead import remove_dead
+from mpgraph.passes.share_casts import share_casts
+from mpgraph.pipeline import GraphPass
+
+DEFAULT_PASSES: tuple[GraphPass, ...] = (
+    normalize,
+    open_composites,  # after normalize: a composite inside a region opens under that region
+    assign_dtypes,  # after open_composites: every operator has its final name
+    insert_casts,
+    fold_casts,
+    share_casts,  # after fold_casts, which can leave two equal casts of one value
+    remove_dead,
+    hoist_weight_casts,  # last: it needs to see every use of a parameter
+)
+
+__all__ = ["DEFAULT_PASSES"]

@@ -1,0 +1,167 @@
+"""Decide in which dtype every node runs, and write the reason beside it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from mpgraph import ir
+from mpgraph.errors import PolicyError
+from mpgraph.infer import DtypeInference
+from mpgraph.op_table import Rule, rule_for
+from mpgraph.pipeline import PassContext, graph_pass
+from mpgraph.policy import RuleChoice
+
+_OFF = ir.Decision(
+    Rule.FOLLOW, None, "inside the model's own autocast(enabled=False)", "the model's own region"
+)
+_NOT_OURS = ir.Decision(Rule.KEEP, None, "not a tensor operator", "structure")
+
+
+@graph_pass(numerics="rounds", whole=True)
+def assign_dtypes(graph: fx.Graph, context: PassContext) -> int:
+    """Give every operator a :class:`~mpgraph.ir.Decision` and the value that it then yields.
+
+    ``linear(x: fp32, w: fp32): fp32`` becomes ``linear(x: fp32, w: fp32): bf16`` with the
+    decision "lower to bf16": the casts that make it true are the next pass's work. A node
+    whose inputs have no dtype that a rule may change (integers, float64) is left alone.
+    """
+    return _Assigner(context).assign(graph)
+
+
+class _Assigner:
+    def __init__(self, context: PassContext) -> None:
+        self.context = context
+        self.infer = DtypeInference()
+
+    def assign(self, graph: fx.Graph) -> int:
+        edits = 0
+        for node in graph.nodes:
+            if node.op == "call_function":
+                edits += self._assign_node(graph, node)
+        return edits
+
+    def _assign_node(self, graph: fx.Graph, node: fx.Node) -> int:
+        before = (node.meta.get("decision"), _dtypes(node.meta.get("val")))
+        if ir.is_operator(node):
+            node.meta["decision"] = decision = self._decide(node)
+            node.meta["val"] = self._value(node, decision)
+        elif ir.is_getitem(node):
+            source, index = node.args
+            node.meta["val"] = source.meta["val"][index]  # type: ignore[union-attr,index]
+        else:
+            node.meta["decision"] = _NOT_OURS
+        return int(before != (node.meta.get("decision"), _dtypes(node.meta.get("val"))))
+
+    def _decide(self, node: fx.Node) -> ir.Decision:
+        region = ir.region_of(node)
+        if region is not None and not region.enabled:
+            return _OFF
+        compute = self.context.compute if region is None else region.dtype
+        choice = self._choose(node)
+        if choice.rule is Rule.REFUSE and compute is not None:
+            raise PolicyError(_refusal(node, choice))
+        return _decision(node, choice, compute)
+
+    def _choose(self, node: fx.Node) -> RuleChoice:
+        name = ir.operator_name(node)
+        try:
+            return self.context.policy.choose(name, ir.module_path(node), node.name)
+        except PolicyError as error:
+            raise PolicyError(f"{error}\n  node: {node.name}, from {ir.source_line(node)}") from None
+
+    def _value(self, node: fx.Node, decision: ir.Decision) -> Any:
+        captured = node.meta["captured"]
+        if captured is None or self._ran_so_at_capture(node, decision):
+            return captured
+        extra = {} if decision.argument is None else {"dtype": decision.argument}
+        return self.infer.result(node, decision.dtype, extra)
+
+    def _ran_so_at_capture(self, node: fx.Node, decision: ir.Decision) -> bool:
+        """Whether torch.autocast, during the capture, ran the node as it is to run now."""
+        inputs = node.all_input_nodes
+        if any(_dtypes(n.meta.get("val")) != _dtypes(n.meta.get("captured")) for n in inputs):
+            return False
+        return self._captured_run_dtype(node) == (decision.dtype or decision.argument)
+
+    def _captured_run_dtype(self, node: fx.Node) -> torch.dtype | None:
+        row = rule_for(f"autocast-{self.context.device}", ir.operator_name(node))
+        if row is None or self.context.compute is None:
+            return None
+        region = ir.region_of(node)
+        compute = self.context.compute if region is None else region.dtype
+        return _run_dtype(row.rule, compute, _eligible_dtypes(node))
+
+
+def _dtypes(value: Any) -> tuple[torch.dtype, ...]:
+    if isinstance(value, torch.Tensor):
+        return (value.dtype,) if value.dtype.is_floating_point else ()
+    if isinstance(value, (list, tuple)):
+        return tuple(d for item in value for d in _dtypes(item))
+    return ()
+
+
+def _decision(node: fx.Node, choice: RuleChoice, compute: torch.dtype | None) -> ir.Decision:
+    decide = functools.partial(
+        ir.Decision, choice.rule, reason=choice.reason, source=choice.source
+    )
+    inputs = _eligible_dtypes(node)
+    lowered = ir.LONG_NAMES[choice.dtype] if choice.dtype else compute
+    dtype = _run_dtype(choice.rule, lowered, inputs)
+    if dtype is None or not inputs or ir.is_mutating(node):
+        return decide(dtype=None)
+    if choice.set_dtype:
+        return decide(dtype=None, argument=None if _has_dtype(node) else dtype)
+    return decide(dtype=dtype)
+
+
+def _eligible_dtypes(node: fx.Node) -> list[torch.dtype]:
+    return [d for n in eligible_inputs(node) if (d := ir.dtype_of(n)) is not None]
+
+
+def _run_dtype(
+    rule: Rule, compute: torch.dtype | None, inputs: Iterable[torch.dtype]
+) -> torch.dtype | None:
+    if rule is Rule.LOWER:
+        return compute
+    if rule is Rule.WIDEN:
+        return torch.float32
+    return _widest(inputs) if rule is Rule.PROMOTE else None
+
+
+def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype | None:
+    widest = None
+    for dtype in dtypes:
+        widest = dtype if widest is None else torch.promote_types(widest, dtype)
+    return widest
+
+
+def eligible_inputs(node: fx.Node) -> list[fx.Node]:
+    """The node's tensor arguments that a rule may cast, in order, lists included."""
+    found: list[fx.Node] = []
+
+    def note(argument: fx.Node) -> fx.Node:
+        if ir.is_eligible(argument):
+            found.append(argument)
+        return argument
+
+    fx.map_arg((node.args, node.kwargs), note)
+    return found
+
+
+def _has_dtype(node: fx.Node) -> bool:
+    own = (*node.args, node.kwargs.get("dtype"))
+    return any(isinstance(argument, torch.dtype) for argument in own)
+
+
+def _refusal(node: fx.Node, choice: RuleChoice) -> str:
+    return (
+        f"{ir.operator_name(node)} (node {node.name!r}) may not run in 16 bit: {choice.reason}.\n"
+        f"  from: {ir.source_line(node)}\n"
+        "Use binary_cross_entropy_with_logits, which is safe, or pin the operator with "
+        f"policy.pin(node={node.name!r}, run='fp32')."
+    )

@@ -1,0 +1,54 @@
+"""Take the casts of parameters out of the graph, to be made once per change of the parameter."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import fx
+
+from mpgraph import ir
+from mpgraph.pipeline import PassContext, graph_pass
+
+
+@graph_pass(numerics="exact")
+def hoist_weight_casts(graph: fx.Graph, context: PassContext) -> int:
+    """Turn ``to(p_weight, bf16)`` into an input ``w_weight_bf16`` of the graph.
+
+    The caller makes the 16-bit copy, with its way back to the parameter, and keeps it while the
+    parameter is unchanged. Not hoisted: a parameter that the graph writes to, a cast inside
+    ``no_grad``, and one of three or more ways back to the same parameter, whose gradients would
+    be added in another order.
+    """
+    writes = ir.Writes(graph)
+    edits = 0
+    for source in list(graph.find_nodes(op="placeholder")):
+        slot = source.meta.get("slot")
+        if slot is None or slot.kind != "parameter" or writes.anywhere(source):
+            continue
+        casts = [u for u in source.users if ir.is_cast(u) and ir.is_inserted(u)]
+        if len(casts) == 1 and len(source.users) <= 2 and _same_grad(casts[0], context):
+            _hoist(graph, source, casts[0])
+            edits += 1
+    return edits
+
+
+def _same_grad(node: fx.Node, context: PassContext) -> bool:
+    return bool(node.meta.get("grad", context.grad)) == context.grad
+
+
+def _hoist(graph: fx.Graph, source: fx.Node, node: fx.Node) -> None:
+    dtype = ir.cast_target(node)
+    slot = source.meta["slot"]
+    name = f"w_{source.name.removeprefix('p_')}_{ir.short_name(dtype)}"
+    with graph.inserting_after(source):
+        copy = graph.placeholder(name)
+    copy.meta = {
+        **node.meta,
+        "slot": dataclasses.replace(slot, kind="cast", dtype=dtype),
+        "captured": node.meta["val"],
+        "differentiable": True,
+    }
+    node.replace_all_uses_with(copy)
+    graph.erase_node(node)
+    if not source.users:
+        graph.erase_node(source)

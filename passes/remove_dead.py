@@ -1,0 +1,34 @@
+"""Erase what nothing reads."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from mpgraph import ir
+from mpgraph.pipeline import PassContext, graph_pass
+
+
+@graph_pass(numerics="exact")
+def remove_dead(graph: fx.Graph, context: PassContext) -> int:
+    """Erase nodes without users that neither write, nor draw random numbers, nor assert.
+
+    ``dropout`` whose result is unused stays: without it, every later random number changes.
+    """
+    edits = 0
+    for node in reversed(list(graph.nodes)):
+        if not node.users and _is_pure(node):
+            graph.erase_node(node)
+            edits += 1
+    return edits
+
+
+def _is_pure(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return True
+    return (
+        node.op == "call_function"
+        and not node.is_impure()
+        and not ir.is_mutating(node)
+        and not ir.is_higher_order(node)
+        and not ir.is_random(node)
+    )
