@@ -23,8 +23,8 @@ def remove_dead(graph: fx.Graph, context: PassContext) -> int:
 
 
 def _is_pure(node: fx.Node) -> bool:
-    if node.op == "get_attr":
-        return True
+    if node.op == "get_attr" or (node.op == "placeholder" and "slot" in node.meta):
+        return True  # the caller passes one value per placeholder that is left
     return (
         node.op == "call_function"
         and not node.is_impure()
