@@ -411,7 +411,8 @@ def _gatherer(
         else:
             path, _, name = slot.target.rpartition(".")
             owner = model.get_submodule(path)
-            table = owner._buffers if slot.kind == "buffer" else owner._parameters
+            tables = {"buffer": owner._buffers, "attribute": vars(owner)}
+            table = tables.get(slot.kind, owner._parameters)
             if slot.kind == "cast":
                 getters.append(
                     functools.partial(

@@ -11,7 +11,7 @@ from torch import fx
 
 from mpgraph.structure import Spec
 
-SlotKind = Literal["parameter", "buffer", "constant", "input", "cast"]
+SlotKind = Literal["parameter", "buffer", "attribute", "constant", "input", "cast"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Slot:
     """What one placeholder of the graph stands for.
 
     Attributes:
-        kind: A parameter or buffer of the model, a constant of the graph, an input leaf, or the
-            16-bit copy of a parameter.
+        kind: A parameter or buffer of the model, a tensor that is a plain attribute of one of its
+            modules, a constant of the graph, an input leaf, or the 16-bit copy of a parameter.
         target: The dotted path in the model, the constant's name, or the input leaf's name.
         index: For an input: its position among the flattened arguments.
         dtype: For a 16-bit copy: its dtype.

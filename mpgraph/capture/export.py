@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import re
 import time
 import warnings
@@ -110,18 +111,43 @@ def capture_export(
     """
     started = time.perf_counter()
     plan = _Plan(model, forward, call.spec)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), watch():
-        warnings.simplefilter("ignore")
+    with _quiet(), torch.random.fork_rng(devices=[]), watch():
         with autocast:
             program = _export(_FlatModule(plan), call)
     assert plan.output is not None
     gm = program.graph_module
-    slots, constants = _slots(program, call)
+    slots, constants = _slots(program, call, model)
     _annotate(gm, slots, call)
     accepts = _guards(program)
     _drop_unused_placeholders(gm)
     seconds = time.perf_counter() - started
     return Captured(gm, constants, plan.output, plan.assignments, accepts, seconds)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.export's own notices and dumps of half-traced graphs from the user."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    disabled = [logger.disabled for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.disabled = True
+        try:
+            yield
+        finally:
+            for logger, before in zip(loggers, disabled, strict=True):
+                logger.disabled = before
+
+
+_LOGGERS = (
+    "torch.export",
+    "torch._export",
+    "torch._export.non_strict_utils",
+    "torch.export._trace",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.fx.experimental.proxy_tensor",
+)
 
 
 def _export(wrapper: _FlatModule, call: Call) -> torch.export.ExportedProgram:
@@ -209,7 +235,7 @@ _KINDS = {
 
 
 def _slots(
-    program: torch.export.ExportedProgram, call: Call
+    program: torch.export.ExportedProgram, call: Call, model: nn.Module
 ) -> tuple[list[Slot], dict[str, Any]]:
     slots: list[Slot] = []
     constants: dict[str, Any] = {}
@@ -221,13 +247,23 @@ def _slots(
             inputs += 1
             continue
         target = str(spec.target)
-        kind = _KINDS[spec.kind]
+        kind, path = _KINDS[spec.kind], target.removeprefix("model.")
         if kind == "constant":
-            constants[target] = program.constants[target]
+            constants[path] = program.constants[target]
+            if target.startswith("model.") and _has_attribute(model, path):
+                kind = "attribute"
         elif not target.startswith("model."):
             raise NeedsDynamo(f"the state {target!r} does not belong to the model")
-        slots.append(Slot(kind, target.removeprefix("model.")))  # type: ignore[arg-type]
+        slots.append(Slot(kind, path))  # type: ignore[arg-type]
     return slots, constants
+
+
+def _has_attribute(model: nn.Module, path: str) -> bool:
+    owner, _, name = path.rpartition(".")
+    try:
+        return isinstance(getattr(model.get_submodule(owner), name), torch.Tensor)
+    except AttributeError:
+        return False
 
 
 def _annotate(gm: fx.GraphModule, slots: list[Slot], call: Call) -> None:
@@ -245,7 +281,7 @@ def _annotate(gm: fx.GraphModule, slots: list[Slot], call: Call) -> None:
             node.meta["captured"] = node.meta.get("val")
 
 
-_PREFIX = {"parameter": "p_", "buffer": "b_", "constant": "c_", "input": "", "cast": "w_"}
+_PREFIX = {"parameter": "p_", "buffer": "b_", "constant": "c_", "attribute": "a_", "input": ""}
 
 
 def is_trainable_leaf(value: Any) -> bool:
