@@ -8,7 +8,6 @@ on the dtypes of its inputs only, so it is asked once per such pair, whatever th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -86,6 +85,14 @@ def _ask(
     return [leaf.dtype if isinstance(leaf, torch.Tensor) else None for leaf in _leaves(result)]
 
 
+def run_on_values(node: fx.Node) -> Any:
+    """What the node yields, on fake tensors, for the values that its inputs have now."""
+    args = map_arg(node.args, lambda n: n.meta["val"])
+    kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
+    with fake_mode_of(args, kwargs), torch.no_grad():
+        return _call(node.target, args, kwargs)
+
+
 def _call(target: Any, args: Any, kwargs: Any) -> Any:
     # A value that is only looked at must not be written to: mutating operators get copies.
     if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
@@ -115,5 +122,3 @@ def _with_dtypes(value: Any, dtypes: list[torch.dtype | None]) -> Any:
     ]
     return pytree.tree_unflatten(changed, spec)
 
-
-Inference = Callable[[fx.Node, "torch.dtype | None", dict[str, Any]], Any]

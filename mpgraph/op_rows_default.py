@@ -71,7 +71,7 @@ _SOFTMAX_KERNELS = rows(
 
 _LAYER_NORMS = rows(
     Rule.WIDEN,
-    "float16 squares overflow above 256, and a 16-bit mean loses what the norm subtracts",
+    "a 16-bit input is rounded before its mean is subtracted, and small deviations are lost",
     """
     layer_norm native_layer_norm group_norm native_group_norm rms_norm _fused_rms_norm
     """,
@@ -103,7 +103,7 @@ _PRODUCTS = rows(
 )
 _VARIANCES = rows(
     Rule.WIDEN,
-    "squares overflow float16 above 256, and their sum drowns small deviations",
+    "a sum of squared deviations: one deviation of 256 overflows float16",
     """
     var var.dim var.correction std std.dim std.correction var_mean var_mean.dim
     var_mean.correction std_mean std_mean.dim std_mean.correction cov corrcoef
@@ -111,7 +111,7 @@ _VARIANCES = rows(
 )
 _VECTOR_NORMS = rows(
     Rule.WIDEN,
-    "a sum of squares: elements above 256 overflow float16, below 2e-4 they vanish",
+    "the norm of many elements leaves float16's range though each element is well inside",
     """
     linalg_vector_norm linalg_matrix_norm linalg_matrix_norm.str_ord linalg_norm
     linalg_norm.ord_str linalg__powsum
@@ -120,13 +120,13 @@ _VECTOR_NORMS = rows(
 )
 _NORMS_APPEND = rows(
     Rule.WIDEN,
-    "a sum of squares: elements above 256 overflow float16, below 2e-4 they vanish",
+    "the norm of many elements leaves float16's range though each element is well inside",
     "norm.Scalar norm.ScalarOpt_dim",
     append_dtype=True,
 )
 _NORMS = rows(
     Rule.WIDEN,
-    "a sum of squares: elements above 256 overflow float16, below 2e-4 they vanish",
+    "the norm of many elements leaves float16's range though each element is well inside",
     """
     frobenius_norm.dim nuclear_norm nuclear_norm.dim norm_except_dim _weight_norm
     _weight_norm_interface renorm
@@ -260,12 +260,19 @@ _LINEAR_ALGEBRA = rows(
 
 _INTERPOLATION = rows(
     Rule.WIDEN,
-    "source coordinates need more digits than 16 bit has beyond a few hundred pixels",
+    "the backward adds many gradients into one pixel, on CUDA in the input's dtype; the "
+    "antialiased kernels have no 16-bit form on CPU",
     """
     upsample_linear1d upsample_linear1d.vec upsample_bilinear2d upsample_bilinear2d.vec
     upsample_trilinear3d upsample_trilinear3d.vec upsample_bicubic2d upsample_bicubic2d.vec
     _upsample_bilinear2d_aa _upsample_bilinear2d_aa.vec _upsample_bicubic2d_aa
     _upsample_bicubic2d_aa.vec _upsample_lanczos2d_aa _upsample_lanczos2d_aa.vec
+    """,
+)
+_SAMPLING_GRIDS = rows(
+    Rule.WIDEN,
+    "a coordinate of 8 or 11 bits misses its pixel in an image a few hundred pixels wide",
+    """
     grid_sampler grid_sampler_2d grid_sampler_3d _grid_sampler_2d_cpu_fallback
     affine_grid_generator
     """,
@@ -283,9 +290,10 @@ _SAME_DTYPE = rows(
     Rule.PROMOTE,
     "torch wants its inputs in one dtype and does not promote them itself",
     """
-    index_put _unsafe_index_put index_copy masked_scatter scatter.src put lerp.Tensor
+    index_put _unsafe_index_put index_copy masked_scatter scatter.src put lerp.Tensor lerp.Scalar
     cross linalg_cross heaviside nextafter bucketize.Tensor searchsorted.Tensor embedding_bag
-    embedding_bag.padding_idx _embedding_bag _embedding_bag_forward_only
+    embedding_bag.padding_idx _embedding_bag _embedding_bag_forward_only meshgrid
+    meshgrid.indexing isclose allclose
     """,
 )
 _JOINS = rows(
@@ -317,9 +325,14 @@ _AVERAGING_POOLS = rows(
     Rule.FOLLOW,
     "an average stays in its inputs' range; the kernel adds in float32 and rounds once",
     """
-    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
+    avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d
+    _adaptive_avg_pool2d
     """,
+)
+_AVERAGING_POOLS_3D = rows(
+    Rule.WIDEN,
+    "on CPU these add up in the input's dtype, or have no 16-bit kernel",
+    "avg_pool3d adaptive_avg_pool3d _adaptive_avg_pool3d",
 )
 _TERNARY = rows(
     Rule.FOLLOW,
@@ -359,12 +372,14 @@ DEFAULT: Rows = table(
     _COMPLEX,
     _LINEAR_ALGEBRA,
     _INTERPOLATION,
+    _SAMPLING_GRIDS,
     _QUANTIZATION,
     _SAME_DTYPE,
     _JOINS,
     _NEAREST,
     _SELECTING_POOLS,
     _AVERAGING_POOLS,
+    _AVERAGING_POOLS_3D,
     _TERNARY,
 )
 
@@ -393,7 +408,8 @@ LEAN: Rows = table(
     ),
     rows(
         Rule.LOWER,
-        "a lookup: the same bits as rounding the rows, and the residual stream starts in 16 bit",
+        "a lookup: the same bits as rounding its rows, and the residual stream starts in 16 bit; "
+        "on CPU the gradients of a repeated row add up in 16 bit",
         "embedding",
     ),
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import logging
 import re
 import time
@@ -129,7 +130,8 @@ def _quiet() -> Iterator[None]:
     """Keep torch.export's own notices and dumps of half-traced graphs from the user."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     disabled = [logger.disabled for logger in loggers]
-    with warnings.catch_warnings():
+    # torch.export prints the half-traced graph of a failed attempt to stderr.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.disabled = True

@@ -1,0 +1,56 @@
+"""Every test runs with verification around every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from mpgraph import pipeline
+from mpgraph.verify import verify
+from torch import fx
+
+GOLDEN = Path(__file__).parent / "golden"
+# Passes up to this one may leave decisions that are not yet true.
+_BEFORE_CASTS = ("normalize", "open_composites", "assign_dtypes")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let goldens be written anew: ``pytest --update-golden``."""
+    parser.addoption("--update-golden", action="store_true", help="write the golden files anew")
+
+
+def _check(
+    gm: fx.GraphModule, graph_pass: pipeline.GraphPass, context: pipeline.PassContext
+) -> None:
+    verify(gm, after=graph_pass.name, decided=graph_pass.name not in _BEFORE_CASTS)
+
+
+@pytest.fixture(autouse=True)
+def _verification(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "checks", [_check])
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compare text with tests/golden/<name>.txt; a missing file is a failure."""
+
+    def check(name: str, text: str) -> None:
+        path = GOLDEN / f"{name}.txt"
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text + "\n")
+        assert path.exists(), f"no {path.name}; run pytest --update-golden and review the new file"
+        assert text + "\n" == path.read_text()
+
+    return check
