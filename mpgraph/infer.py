@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
@@ -80,8 +81,7 @@ def _ask(
 
     args = map_arg(node.args, value_of)
     kwargs = {**map_arg(node.kwargs, value_of), **extra}
-    with fake_mode_of(args, kwargs), torch.no_grad():
-        result = _call(node.target, args, kwargs)
+    result = _run(node.target, args, kwargs)
     return [leaf.dtype if isinstance(leaf, torch.Tensor) else None for leaf in _leaves(result)]
 
 
@@ -89,8 +89,17 @@ def run_on_values(node: fx.Node) -> Any:
     """What the node yields, on fake tensors, for the values that its inputs have now."""
     args = map_arg(node.args, lambda n: n.meta["val"])
     kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
-    with fake_mode_of(args, kwargs), torch.no_grad():
-        return _call(node.target, args, kwargs)
+    return _run(node.target, args, kwargs)
+
+
+def _run(target: Any, args: Any, kwargs: Any) -> Any:
+    # The Python dispatcher has the kernels that know symbolic sizes. A result whose size depends
+    # on data gets a new symbol that nobody keeps.
+    mode = fake_mode_of(args, kwargs)
+    shapes = getattr(mode, "shape_env", None)
+    forget = shapes.ignore_fresh_unbacked_symbols() if shapes else contextlib.nullcontext()
+    with mode, torch.no_grad(), enable_python_dispatcher(), forget:
+        return _call(target, args, kwargs)
 
 
 def _call(target: Any, args: Any, kwargs: Any) -> Any:

@@ -86,15 +86,17 @@ class _Assigner:
         inputs = node.all_input_nodes
         if any(_dtypes(n.meta.get("val")) != _dtypes(n.meta.get("captured")) for n in inputs):
             return False
-        return self._captured_run_dtype(node) == (decision.dtype or decision.argument)
-
-    def _captured_run_dtype(self, node: fx.Node) -> torch.dtype | None:
+        if self.context.compute is None:
+            return decision.dtype is None and decision.argument is None
         row = rule_for(f"autocast-{self.context.device}", ir.operator_name(node))
-        if row is None or self.context.compute is None:
-            return None
+        if row is None:
+            return False  # it may hide operators that torch.autocast did cast
+        return self._captured_run_dtype(node, row.rule) == (decision.dtype or decision.argument)
+
+    def _captured_run_dtype(self, node: fx.Node, rule: Rule) -> torch.dtype | None:
         region = ir.region_of(node)
         compute = self.context.compute if region is None else region.dtype
-        return _run_dtype(row.rule, compute, _eligible_dtypes(node))
+        return _run_dtype(rule, compute, _eligible_dtypes(node))
 
 
 def _dtypes(value: Any) -> tuple[torch.dtype, ...]:
