@@ -11,10 +11,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 LEAF_TYPES = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -133,7 +135,7 @@ def _take_apart(value: Any) -> _Parts | None:
         return _take_apart_registered(value)
     if dataclasses.is_dataclass(value):
         return _take_apart_dataclass(value)
-    return None
+    return _take_apart_object(value)
 
 
 def _positions(values: Iterable[Any]) -> tuple[str, ...]:
@@ -169,6 +171,40 @@ def _take_apart_dataclass(value: Any) -> _Parts:
         return made
 
     return None, names, [getattr(value, name) for name in names], build
+
+
+_CLOSED = (nn.Module, types.ModuleType, types.FunctionType, types.MethodType, type)
+
+
+def _take_apart_object(value: Any) -> _Parts | None:
+    """A plain object that holds tensors somewhere, such as a key-value cache."""
+    attributes = getattr(value, "__dict__", None)
+    if not isinstance(attributes, dict) or isinstance(value, _CLOSED):
+        return None
+    if not _holds_tensors(value, set()):
+        return None
+    names = tuple(attributes)
+
+    def build(_: Any, parts: list[Any]) -> Any:
+        made = object.__new__(type(value))
+        vars(made).update(zip(names, parts, strict=True))
+        return made
+
+    return names, names, list(attributes.values()), build
+
+
+def _holds_tensors(value: Any, seen: set[int]) -> bool:
+    if isinstance(value, LEAF_TYPES):
+        return True
+    if id(value) in seen or isinstance(value, (*PLAIN_TYPES, *_CLOSED)):
+        return False
+    seen.add(id(value))
+    if isinstance(value, dict):
+        return any(_holds_tensors(item, seen) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_holds_tensors(item, seen) for item in value)
+    attributes = getattr(value, "__dict__", None)
+    return isinstance(attributes, dict) and _holds_tensors(attributes, seen)
 
 
 class _Context:

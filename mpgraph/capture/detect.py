@@ -45,7 +45,6 @@ _HOOKED: tuple[tuple[Any, str, str], ...] = (
     (torch.Tensor, "register_hook", "a tensor hook"),
     (torch.Tensor, "register_post_accumulate_grad_hook", "a gradient hook"),
     (torch.Tensor, "retain_grad", "retain_grad() on an intermediate value"),
-    (torch.Tensor, "requires_grad_", "requires_grad_() on an intermediate value"),
     (torch.Tensor, "backward", "a backward pass inside forward"),
     (torch.autograd, "grad", "torch.autograd.grad inside forward"),
     (torch.autograd, "backward", "a backward pass inside forward"),
@@ -75,6 +74,9 @@ def _watch_functions() -> Iterator[None]:
     # Function.apply ends in super().apply, which this class is the first to answer; patching
     # Function.apply itself would miss every `f = MyFunction.apply` taken earlier.
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__.startswith("torch._library"):
+            # The derivative of a registered custom operator: the graph holds the operator.
+            return super(_SingleLevelFunction, cls).apply(*args, **kwargs)  # type: ignore[misc]
         raise NeedsDynamo(
             f"the backward of the custom autograd.Function {cls.__name__!r} would be lost",
             user_line(),

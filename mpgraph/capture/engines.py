@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from mpgraph import ir
 from mpgraph.capture.captured import Captured
@@ -82,24 +84,36 @@ def _capture_export(
     earlier: list[Any],
     context: PassContext,
 ) -> tuple[Captured, list[PassReport]]:
-    """Export with dynamic sizes, and with fixed ones where that cannot be."""
+    """Export with dynamic sizes on the path of eager mode, and otherwise where that cannot be."""
     forward = state.original_forward()
-    dynamic = Call(leaves, spec, names, _dynamic_dims(leaves, earlier))
-    static = Call(leaves, spec, names, [frozenset()] * len(leaves))
-
-    def attempt(call: Call) -> tuple[Captured, list[PassReport]]:
-        captured = capture_export(model, forward, call, context.autocast())
-        return captured, run_passes(captured.graph_module, DEFAULT_PASSES, context)
-
+    calls = _attempts(Call(leaves, spec, names, _dynamic_dims(leaves, earlier)))
+    failure: Exception | None = None
     with capturing():
-        if any(dynamic.dynamic):
+        for call in calls:
+            if isinstance(failure, GuardOnDataDependentSymNode) and not call.says_compiling:
+                continue  # a value, not a size, is what the model needs to know
             try:
-                return attempt(dynamic)
+                captured = capture_export(model, forward, call, context.autocast())
+                return captured, run_passes(captured.graph_module, DEFAULT_PASSES, context)
             except (NeedsDynamo, MPGraphError):
                 raise
             except Exception as error:
-                logger.debug("capture with dynamic sizes failed: %s", error)
-        return attempt(static)
+                logger.debug("capture with %s failed: %s", call.describe(), error)
+                failure = error
+    assert failure is not None
+    raise failure
+
+
+def _attempts(call: Call) -> list[Call]:
+    """The ways to export one call, the most faithful and most general first.
+
+    Models ask ``torch.compiler.is_compiling()`` to leave out what depends on data, and then
+    compute the same thing another way, with other roundings: so they are first told that they
+    run eagerly, which they do.
+    """
+    static = dataclasses.replace(call, dynamic=[frozenset()] * len(call.leaves))
+    sizes = [call, static] if any(call.dynamic) else [static]
+    return [dataclasses.replace(c, says_compiling=flag) for c in sizes for flag in (False, True)]
 
 
 def _label(model: nn.Module, leaves: list[Any], names: list[str]) -> str:

@@ -42,12 +42,19 @@ class Call:
         spec: How ``(args, kwargs)`` are put together again.
         names: A readable name per leaf.
         dynamic: Per leaf, the dimensions whose size may vary.
+        says_compiling: What ``torch.compiler.is_compiling()`` answers inside the model.
     """
 
     leaves: Sequence[torch.Tensor]
     spec: Spec
     names: Sequence[str]
     dynamic: Sequence[frozenset[int]]
+    says_compiling: bool = False
+
+    def describe(self) -> str:
+        """The attempt in a few words, for the log."""
+        sizes = "dynamic" if any(self.dynamic) else "fixed"
+        return f"{sizes} sizes, is_compiling() {self.says_compiling}"
 
 
 @dataclasses.dataclass
@@ -59,7 +66,7 @@ class _Plan:
 
     model: nn.Module
     forward: Forward
-    spec: Spec
+    call: Call
     output: Spec | None = None
     assignments: tuple[Assignment, ...] = ()
 
@@ -76,9 +83,10 @@ class _FlatModule(nn.Module):
 
     def forward(self, *leaves: torch.Tensor) -> list[Any]:
         plan = self.plan
-        args, kwargs = unflatten(plan.spec, leaves)
-        with _attribute_changes(plan.model) as changes:
+        args, kwargs = unflatten(plan.call.spec, leaves)
+        with _attribute_changes(plan.model) as changes, _compiling(plan.call.says_compiling):
             value = plan.forward(plan.model, *args, **kwargs)
+        _refuse_changed_arguments(args, kwargs, leaves, plan.call.spec)
         outputs, plan.output = flatten(value)
         _refuse_opaque(plan.output)
         assignments = []
@@ -88,6 +96,28 @@ class _FlatModule(nn.Module):
             assignments.append(Assignment(path, name, is_buffer, part_spec))
         plan.assignments = tuple(assignments)
         return outputs
+
+
+@contextlib.contextmanager
+def _compiling(says: bool) -> Iterator[None]:
+    flags = ("_is_compiling_flag", "_is_exporting_flag")
+    before = [getattr(torch.compiler, flag) for flag in flags]
+    for flag in flags:
+        setattr(torch.compiler, flag, says)
+    try:
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            setattr(torch.compiler, flag, value)
+
+
+def _refuse_changed_arguments(
+    args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[Any], spec: Spec
+) -> None:
+    """A container or object that the caller passed in must not differ after the call."""
+    after, spec_after = flatten((args, kwargs))
+    if spec_after != spec or any(a is not b for a, b in zip(after, leaves, strict=True)):
+        raise NeedsDynamo("forward changes a container or an object among its arguments")
 
 
 def _refuse_opaque(output: Spec) -> None:
@@ -111,7 +141,7 @@ def capture_export(
         Exception: Whatever torch.export or the model raises.
     """
     started = time.perf_counter()
-    plan = _Plan(model, forward, call.spec)
+    plan = _Plan(model, forward, call)
     with _quiet(), torch.random.fork_rng(devices=[]), watch():
         with autocast:
             program = _export(_FlatModule(plan), call)
@@ -181,6 +211,8 @@ def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str,
 _MODULE_STATE = frozenset(vars(nn.Module()))
 # What torch.nn.RNNBase remembers of its parameters; it renews this at every call.
 _BOOKKEEPING = frozenset({"_flat_weights", "_flat_weight_refs"})
+# transformers installs its output hooks at the first call, and notes that here.
+_KEPT = frozenset({"_output_capturing_hooks_installed"})
 
 
 def _restore(
@@ -191,7 +223,7 @@ def _restore(
         if not is_buffer and name in _MODULE_STATE:
             continue
         value, earlier = current[name], old.get(name, _MISSING)
-        if value is earlier or _same_tensor_values(value, earlier):
+        if value is earlier or _is_same_plain(value, earlier) or name in _KEPT:
             continue
         if name not in _BOOKKEEPING:
             _refuse_plain(path, name, value)
@@ -203,7 +235,7 @@ def _restore(
     return changed
 
 
-def _same_tensor_values(value: Any, earlier: Any) -> bool:
+def _is_same_plain(value: Any, earlier: Any) -> bool:
     if isinstance(value, torch.Tensor) or isinstance(earlier, torch.Tensor):
         return False
     try:

@@ -1,0 +1,335 @@
+"""``explain``: in which dtype every operator of a model runs, why, and what the casts cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpgraph import report_layout
+from mpgraph.errors import MPGraphError, PolicyError
+from mpgraph.policy_glob import matches_op, module_glob, op_names
+from mpgraph.report_records import Graph, Node, from_plain, to_plain
+from mpgraph.report_render import Line, Part, to_rich, to_text
+
+if TYPE_CHECKING:
+    from mpgraph.report_diff import ReportDiff
+
+SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """In which dtype every operator of a model runs, and why. A value: plain text and numbers.
+
+    ``print(report)`` shows a summary; ``print(report.text(module="blocks.0"))`` every node of a
+    module, ``report.print()`` either in colour. ``report.nodes`` holds the same as data.
+
+    Attributes:
+        model: The name of the model's class.
+        precision: As given to ``mpgraph.convert``; "" for a bare graph.
+        policy: The policy in one line; "" for a bare graph.
+        graphs: One record per captured graph: see :class:`mpgraph.report_records.Graph`.
+        selection: What ``filter`` selected; "" for everything.
+    """
+
+    model: str
+    precision: str = ""
+    policy: str = ""
+    graphs: tuple[Graph, ...] = ()
+    selection: str = ""
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """The model's own operators, of all graphs, in order."""
+        return tuple(node for graph in self.graphs for node in graph.operators)
+
+    @property
+    def casts(self) -> tuple[Node, ...]:
+        """Every cast, of all graphs; ``node.cast.kind`` tells whose it is."""
+        return tuple(n for graph in self.graphs for n in graph.nodes if n.cast is not None)
+
+    def filter(
+        self,
+        *,
+        module: str | None = None,
+        op: str | None = None,
+        rule: str | None = None,
+        dtype: str | None = None,
+        graph: int | None = None,
+    ) -> Report:
+        """A report on some of the nodes.
+
+        Args:
+            module: A glob over module paths, as in a policy: ``"blocks.*.mlp"``.
+            op: A glob over operators: ``"softmax"``, ``"aten.sum.*"``.
+            rule: "lower", "widen", "promote", "follow" or "keep".
+            dtype: The dtype that a node runs in: "bf16", "fp16", "fp32", …
+            graph: The number of a graph, from 1, as the summary prints it.
+
+        Raises:
+            PolicyError: The model has no such module, operator, rule, dtype or graph.
+
+        Example:
+            >>> import mpgraph, torch
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+            >>> model = mpgraph.convert(model, "bf16", example_inputs=(torch.ones(2, 4),))
+            >>> [node.name for node in mpgraph.explain(model).filter(rule="widen").nodes]
+            ['layer_norm']
+        """
+        report = self if graph is None else self._only(graph)
+        wanted = {"module": module, "op": op, "rule": rule, "dtype": dtype}
+        given = {key: value for key, value in wanted.items() if value is not None}
+        nodes = [node for g in report.graphs for node in g.nodes]
+        for key, value in given.items():
+            if not any(_MATCHES[key](value, node) for node in nodes):
+                raise PolicyError(f"{self.model} has no {key} {value!r}{_near(key, value, nodes)}")
+        if not given:
+            return report
+        graphs = tuple(_part(g, given) for g in report.graphs)
+        selection = ", ".join(f"{key}={value}" for key, value in given.items())
+        selection = ", ".join(filter(None, (report.selection, selection)))
+        return dataclasses.replace(report, graphs=graphs, selection=selection)
+
+    def _only(self, number: int) -> Report:
+        if not 1 <= number <= len(self.graphs):
+            raise PolicyError(
+                f"{self.model} has no graph {number}: it has {len(self.graphs)}, counted from 1"
+            )
+        return dataclasses.replace(self, graphs=(self.graphs[number - 1],))
+
+    def text(
+        self,
+        module: str | None = None,
+        *,
+        op: str | None = None,
+        rule: str | None = None,
+        dtype: str | None = None,
+        graph: int | None = None,
+        verbose: bool = False,
+        width: int = 100,
+    ) -> str:
+        """The report as plain text: a summary, or every node of a selection.
+
+        Args:
+            module: Show the nodes of these modules; see :meth:`filter` for this and the others.
+            op: Show the nodes of these operators.
+            rule: Show the nodes with this rule.
+            dtype: Show the nodes that run in this dtype.
+            graph: Describe this graph alone.
+            verbose: Show every node after the summary.
+            width: The longest line.
+        """
+        shown = self.filter(module=module, op=op, rule=rule, dtype=dtype, graph=graph)
+        return to_text(list(shown._parts(verbose)), width)
+
+    def __str__(self) -> str:
+        """The summary, or the selected nodes."""
+        return self.text()
+
+    def table(self, *, verbose: bool = False, **selection: Any) -> Any:
+        """The same as :meth:`text`, for rich: coloured by dtype, as wide as the terminal."""
+        return to_rich(list(self.filter(**selection)._parts(verbose)))
+
+    def __rich__(self) -> Any:
+        return self.table()
+
+    def print(self, *, verbose: bool = False, **selection: Any) -> None:
+        """Print :meth:`table` to the terminal."""
+        from rich.console import Console
+
+        Console().print(self.table(verbose=verbose, **selection))
+
+    def _parts(self, verbose: bool) -> Iterator[Part]:
+        if not self.selection:
+            yield from report_layout.summary(self)
+        else:
+            operators, casts = len(self.nodes), len(self.casts)
+            counts = report_layout.count(operators, "operator")
+            if casts:
+                counts = f"{counts}, {report_layout.count(casts, 'cast')}"
+            yield Line(report_layout.header(self), heading=True)
+            yield Line(f"showing {self.selection}: {counts}")
+        if verbose or self.selection:
+            yield from report_layout.details(self, rules=bool(self.selection))
+
+    def diff(self, other: Report) -> ReportDiff:
+        """What changes from this report to ``other``: another policy, or a later version.
+
+        Example:
+            >>> import mpgraph, torch
+            >>> model, x = torch.nn.Linear(4, 2), torch.ones(3, 4)
+            >>> before = mpgraph.explain(mpgraph.convert(model, "bf16", example_inputs=(x,)))
+            >>> after = mpgraph.explain(mpgraph.convert(model, "fp32", example_inputs=(x,)))
+            >>> [(change.name, change.before, change.after) for change in before.diff(after).changed]
+            [('linear', 'bf16', 'fp32')]
+        """
+        from mpgraph.report_diff import compare
+
+        return compare(self, other)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as dictionaries, lists, text and numbers; empty fields are left out.
+
+        ``{"schema": 1, "model", "precision", "policy", "graphs": [{"label", "engine",
+        "seconds", "dynamic", "passes": [{"name", "numerics", "edits", "casts", "cast_bytes"}],
+        "nodes": [{"name", "operator", "module", "takes", "gives", "runs_in", "rule", "reason",
+        "source", "line", "region", "body", "cast": {"kind", "value", "source", "target",
+        "bytes", "readers"}}], "islands": [{"block", "nodes", "operators", "why"}], "breaks":
+        [{"reason", "line"}]}], "selection"}``. The attributes of :class:`Report` and of the
+        classes in :mod:`mpgraph.report_records` say what each is. A later mpgraph may add keys;
+        one that changes their meaning has another ``schema``.
+        """
+        values = {"schema": SCHEMA, "model": self.model, "precision": self.precision}
+        graphs = [to_plain(graph) for graph in self.graphs]
+        return {**values, "policy": self.policy, "graphs": graphs, "selection": self.selection}
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """:meth:`to_dict` as JSON text; with a path, also written there, whole or not at all."""
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+        if path is not None:
+            _write_whole(Path(path), text)
+        return text
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """The inverse of :meth:`to_dict`."""
+        if values.get("schema") != SCHEMA:
+            raise MPGraphError(
+                f"expected a report with schema {SCHEMA}, found {values.get('schema')!r}. "
+                "Write it again with the mpgraph that reads it: mpgraph.explain(model).to_json(…)"
+            )
+        known = ("model", "precision", "policy", "selection")
+        fields = {key: values[key] for key in known if key in values}
+        return cls(**fields, graphs=tuple(from_plain(Graph, g) for g in values["graphs"]))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Report:
+        """Read a report that :meth:`to_json` wrote."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise MPGraphError(f"cannot load a report from {os.fspath(path)!r}: {error}") from error
+        return cls.from_dict(values)
+
+
+def explain(model: Any) -> Report:
+    """Say in which dtype every operator of a converted model runs, why, and what casts cost.
+
+    Looks only: the model and its graphs stay as they are.
+
+    Args:
+        model: A module from ``mpgraph.convert`` that has run or was given ``example_inputs``;
+            or one of its specialisations, or an ``fx.GraphModule``.
+
+    Raises:
+        MPGraphError: The module was not converted, or has not been captured yet.
+
+    Example:
+        >>> import mpgraph, torch
+        >>> model = mpgraph.convert(torch.nn.Linear(4, 2), "bf16", example_inputs=(torch.ones(3, 4),))
+        >>> report = mpgraph.explain(model)
+        >>> [(node.name, node.runs_in, node.reason) for node in report.nodes]
+        [('linear', 'bf16', 'matrix units take 16-bit inputs and add in float32')]
+    """
+    from torch import fx
+
+    if isinstance(model, Report):
+        return model
+    if isinstance(model, fx.GraphModule) and not hasattr(model, "_mpgraph"):
+        return _of_graph(model)
+    return _of_entry(model) if hasattr(model, "context") else _of_model(model)
+
+
+def _of_graph(gm: Any) -> Report:
+    from mpgraph.report_build import Source, build_graph
+
+    return Report(type(gm).__name__, graphs=(build_graph(Source("", gm)),))
+
+
+def _of_entry(entry: Any) -> Report:
+    from mpgraph.ir import short_name
+    from mpgraph.report_build import build_graph, sources_of
+
+    graphs = tuple(build_graph(source) for source in sources_of(entry))
+    compute = entry.context.compute
+    return Report(
+        model=graphs[0].label.partition(" ")[0] if graphs else "",
+        precision=short_name(compute) if compute else "fp32",
+        policy=str(entry.context.policy),
+        graphs=graphs,
+    )
+
+
+def _of_model(model: Any) -> Report:
+    from mpgraph.module import state_of
+    from mpgraph.report_build import build_graph, sources_of
+
+    state = state_of(model)
+    name = state.original.__name__
+    entries = state.specialisations()
+    if not entries:
+        raise MPGraphError(
+            f"{name} was converted, but no call of it has been captured yet, so there is nothing "
+            "to explain. Call it once, or pass example_inputs to mpgraph.convert."
+        )
+    return Report(
+        model=name,
+        precision=state.settings.precision.name,
+        policy=str(state.settings.policy),
+        graphs=tuple(build_graph(source) for entry in entries for source in sources_of(entry)),
+    )
+
+
+_MATCHES: dict[str, Callable[[str, Node], bool]] = {
+    "module": lambda glob, node: module_glob(glob).fullmatch(node.module) is not None,
+    "op": lambda glob, node: matches_op(glob, node.operator),
+    "rule": lambda rule, node: node.rule == rule,
+    "dtype": lambda dtype, node: node.runs_in == dtype,
+}
+
+
+def _part(graph: Graph, wanted: Mapping[str, str]) -> Graph:
+    nodes = tuple(
+        node
+        for node in graph.nodes
+        if all(_MATCHES[key](value, node) for key, value in wanted.items())
+    )
+    names = {node.name for node in nodes}
+    islands = tuple(island for island in graph.islands if names.intersection(island.nodes))
+    return dataclasses.replace(graph, nodes=nodes, islands=islands)
+
+
+def _near(key: str, value: str, nodes: Iterable[Node]) -> str:
+    seen: dict[str, Callable[[Node], Iterable[str]]] = {
+        "module": lambda node: _with_parents(node.module),
+        "op": lambda node: op_names(node.operator),
+        "rule": lambda node: (node.rule,),
+        "dtype": lambda node: (node.runs_in,),
+    }
+    return near_misses(value, {name for node in nodes for name in seen[key](node) if name})
+
+
+def _with_parents(path: str) -> list[str]:
+    segments = path.split(".")
+    return [".".join(segments[: end + 1]) for end in range(len(segments))]
+
+
+def near_misses(value: str, names: Iterable[str]) -> str:
+    """``; close to it: 'softmax'``, or "" where nothing comes close."""
+    import difflib
+
+    close = difflib.get_close_matches(value, sorted(names), n=3, cutoff=0.5)
+    return f"; close to it: {', '.join(map(repr, close))}" if close else ""
+
+
+def _write_whole(target: Path, text: str) -> None:
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
