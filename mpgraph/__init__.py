@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 # Where each public name lives: `import mpgraph` loads none of it, and not torch either.
 _HOMES = {
     "convert": "conversion",
+    "explain": "report",
+    "assert_policy": "assertions",
     "text": "graph_text",
     "Policy": "policy",
     "Override": "policy",
@@ -22,6 +24,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from mpgraph.assertions import assert_policy as assert_policy
     from mpgraph.conversion import convert as convert
     from mpgraph.errors import CaptureError as CaptureError
     from mpgraph.errors import ExportError as ExportError
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from mpgraph.errors import VerificationError as VerificationError
     from mpgraph.policy import Override as Override
     from mpgraph.policy import Policy as Policy
+    from mpgraph.report import explain as explain
     from mpgraph.graph_text import text as text
 
 __all__ = ["__version__", *_HOMES]

@@ -46,8 +46,7 @@ def _signature(node: fx.Node, cast_to: torch.dtype | None, extra: dict[str, Any]
 
     def note(value: Any) -> None:
         if isinstance(value, fx.Node):
-            val = value.meta.get("val")
-            parts.append(_tensor_part(val, cast_to))
+            parts.append(_tensor_part(value.meta.get("val"), cast_to))
         elif isinstance(value, (list, tuple)):
             parts.append(len(value))
             for item in value:
@@ -73,9 +72,11 @@ def _tensor_part(val: Any, cast_to: torch.dtype | None) -> Any:
 def _ask(
     node: fx.Node, cast_to: torch.dtype | None, extra: dict[str, Any]
 ) -> list[torch.dtype | None]:
+    castable = set(ir.eligible_inputs(node)) if cast_to is not None else ()
+
     def value_of(argument: fx.Node) -> Any:
         val = argument.meta["val"]
-        if cast_to is not None and isinstance(val, torch.Tensor) and val.dtype in ir.ELIGIBLE:
+        if cast_to is not None and argument in castable:
             return ir.retype(val, cast_to)
         return val
 

@@ -98,6 +98,37 @@ def is_eligible(node: object) -> bool:
     return isinstance(node, fx.Node) and dtype_of(node) in ELIGIBLE
 
 
+def eligible_inputs(node: fx.Node) -> list[fx.Node]:
+    """The tensor arguments that a rule may cast, in order, lists included.
+
+    Running statistics are not among them: the operator writes to them, and would write to a copy.
+    """
+    found: list[fx.Node] = []
+
+    def note(argument: fx.Node) -> fx.Node:
+        if is_eligible(argument):
+            found.append(argument)
+        return argument
+
+    fx.map_arg((node.args, node.kwargs), note)
+    statistics = running_statistics(node)
+    return [argument for argument in found if argument not in statistics]
+
+
+def running_statistics(node: fx.Node) -> list[fx.Node]:
+    """The running mean and variance among the node's arguments, which it updates in training.
+
+    The schemas of aten::batch_norm and aten::instance_norm do not say that they are written.
+    """
+    if not is_operator(node):
+        return []
+    named = zip(cast(OpOverload, node.target)._schema.arguments, node.args, strict=False)
+    return [a for s, a in named if s.name in _STATISTICS and isinstance(a, fx.Node)]
+
+
+_STATISTICS = frozenset({"running_mean", "running_var"})
+
+
 def is_operator(node: fx.Node) -> bool:
     """Whether the node calls an ATen (or custom) operator overload."""
     return node.op == "call_function" and isinstance(node.target, OpOverload)
@@ -185,6 +216,16 @@ def add_cast(graph: fx.Graph, source: fx.Node, dtype: torch.dtype, before: fx.No
         )
     node.meta = cast_meta(source, dtype, before)
     return node
+
+
+def with_dtype(decision: Decision, dtype: torch.dtype) -> Decision:
+    """The decision of a node that now runs in another dtype, because a cast moved over it."""
+    return dataclasses.replace(decision, dtype=dtype)
+
+
+def without_dtype(decision: Decision, reason: str) -> Decision:
+    """The decision of a node that now runs in what arrives, because a cast moved over it."""
+    return dataclasses.replace(decision, dtype=None, reason=f"{decision.reason}; {reason}")
 
 
 def cast_meta(source: fx.Node, dtype: torch.dtype, user: fx.Node) -> dict[str, Any]:
@@ -279,9 +320,10 @@ def storage_of(node: fx.Node) -> int | None:
 
 
 def _written_arguments(node: fx.Node) -> Iterator[fx.Node]:
+    yield from running_statistics(node)
+    if is_higher_order(node):
+        yield from node.all_input_nodes
     if not is_mutating(node):
-        if is_higher_order(node):
-            yield from node.all_input_nodes
         return
     schema = cast(OpOverload, node.target)._schema
     values = dict(zip((a.name for a in schema.arguments), node.args, strict=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -181,10 +182,12 @@ def count_casts(gm: fx.GraphModule) -> Iterator[int]:
 def cast_bytes(node: fx.Node) -> int:
     """Bytes read and written by a cast, at the sizes of the captured call."""
     value = ir.cast_source(node).meta["val"]
-    elements = 1
-    for size in value.shape:
-        elements *= size if isinstance(size, int) else _hint(size)
-    return elements * (value.element_size() + ir.cast_target(node).itemsize)
+    return element_count(value) * (value.element_size() + ir.cast_target(node).itemsize)
+
+
+def element_count(value: torch.Tensor) -> int:
+    """The number of elements, at the sizes of the captured call."""
+    return math.prod(size if isinstance(size, int) else _hint(size) for size in value.shape)
 
 
 def _hint(size: Any) -> int:

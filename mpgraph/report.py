@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpgraph import report_layout
 from mpgraph.errors import MPGraphError, PolicyError
-from mpgraph.policy_glob import matches_op, module_glob, op_names
+from mpgraph.report_details import details
+from mpgraph.report_layout import count, header
 from mpgraph.report_records import Graph, Node, from_plain, to_plain
-from mpgraph.report_render import Line, Part, to_rich, to_text
+from mpgraph.report_render import Line, Page, Part, to_text
+from mpgraph.report_select import check_selection, select
+from mpgraph.report_summary import summary
 
 if TYPE_CHECKING:
     from mpgraph.report_diff import ReportDiff
@@ -83,15 +85,12 @@ class Report:
         report = self if graph is None else self._only(graph)
         wanted = {"module": module, "op": op, "rule": rule, "dtype": dtype}
         given = {key: value for key, value in wanted.items() if value is not None}
-        nodes = [node for g in report.graphs for node in g.nodes]
-        for key, value in given.items():
-            if not any(_MATCHES[key](value, node) for node in nodes):
-                raise PolicyError(f"{self.model} has no {key} {value!r}{_near(key, value, nodes)}")
+        check_selection(report.model, report.graphs, given)
         if not given:
             return report
-        graphs = tuple(_part(g, given) for g in report.graphs)
-        selection = ", ".join(f"{key}={value}" for key, value in given.items())
-        selection = ", ".join(filter(None, (report.selection, selection)))
+        graphs = tuple(select(graph, given) for graph in report.graphs)
+        asked = [f"{key}={value}" for key, value in given.items()]
+        selection = ", ".join([report.selection] * bool(report.selection) + asked)
         return dataclasses.replace(report, graphs=graphs, selection=selection)
 
     def _only(self, number: int) -> Report:
@@ -130,11 +129,11 @@ class Report:
         """The summary, or the selected nodes."""
         return self.text()
 
-    def table(self, *, verbose: bool = False, **selection: Any) -> Any:
+    def table(self, *, verbose: bool = False, **selection: Any) -> Page:
         """The same as :meth:`text`, for rich: coloured by dtype, as wide as the terminal."""
-        return to_rich(list(self.filter(**selection)._parts(verbose)))
+        return Page(list(self.filter(**selection)._parts(verbose)))
 
-    def __rich__(self) -> Any:
+    def __rich__(self) -> Page:
         return self.table()
 
     def print(self, *, verbose: bool = False, **selection: Any) -> None:
@@ -145,16 +144,13 @@ class Report:
 
     def _parts(self, verbose: bool) -> Iterator[Part]:
         if not self.selection:
-            yield from report_layout.summary(self)
+            yield from summary(self)
         else:
-            operators, casts = len(self.nodes), len(self.casts)
-            counts = report_layout.count(operators, "operator")
-            if casts:
-                counts = f"{counts}, {report_layout.count(casts, 'cast')}"
-            yield Line(report_layout.header(self), heading=True)
+            counts = f"{count(len(self.nodes), 'operator')}, {count(len(self.casts), 'cast')}"
+            yield Line(header(self), heading=True)
             yield Line(f"showing {self.selection}: {counts}")
         if verbose or self.selection:
-            yield from report_layout.details(self, rules=bool(self.selection))
+            yield from details(self, rules=bool(self.selection))
 
     def diff(self, other: Report) -> ReportDiff:
         """What changes from this report to ``other``: another policy, or a later version.
@@ -164,7 +160,7 @@ class Report:
             >>> model, x = torch.nn.Linear(4, 2), torch.ones(3, 4)
             >>> before = mpgraph.explain(mpgraph.convert(model, "bf16", example_inputs=(x,)))
             >>> after = mpgraph.explain(mpgraph.convert(model, "fp32", example_inputs=(x,)))
-            >>> [(change.name, change.before, change.after) for change in before.diff(after).changed]
+            >>> [(c.name, c.before, c.after) for c in before.diff(after).changed]
             [('linear', 'bf16', 'fp32')]
         """
         from mpgraph.report_diff import compare
@@ -204,7 +200,10 @@ class Report:
             )
         known = ("model", "precision", "policy", "selection")
         fields = {key: values[key] for key in known if key in values}
-        return cls(**fields, graphs=tuple(from_plain(Graph, g) for g in values["graphs"]))
+        try:
+            return cls(**fields, graphs=tuple(from_plain(Graph, g) for g in values["graphs"]))
+        except (KeyError, TypeError) as error:
+            raise MPGraphError(f"not a report as to_dict gives it: {error!r}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
@@ -230,18 +229,20 @@ def explain(model: Any) -> Report:
 
     Example:
         >>> import mpgraph, torch
-        >>> model = mpgraph.convert(torch.nn.Linear(4, 2), "bf16", example_inputs=(torch.ones(3, 4),))
+        >>> x = torch.ones(3, 4)
+        >>> model = mpgraph.convert(torch.nn.Linear(4, 2), "bf16", example_inputs=(x,))
         >>> report = mpgraph.explain(model)
         >>> [(node.name, node.runs_in, node.reason) for node in report.nodes]
         [('linear', 'bf16', 'matrix units take 16-bit inputs and add in float32')]
     """
-    from torch import fx
+    from torch import fx, nn
 
     if isinstance(model, Report):
         return model
-    if isinstance(model, fx.GraphModule) and not hasattr(model, "_mpgraph"):
+    if isinstance(model, fx.GraphModule) and "_mpgraph" not in vars(model):
         return _of_graph(model)
-    return _of_entry(model) if hasattr(model, "context") else _of_model(model)
+    is_entry = hasattr(model, "graph_module") or hasattr(model, "graphs")
+    return _of_entry(model) if is_entry and not isinstance(model, nn.Module) else _of_model(model)
 
 
 def _of_graph(gm: Any) -> Report:
@@ -255,13 +256,12 @@ def _of_entry(entry: Any) -> Report:
     from mpgraph.report_build import build_graph, sources_of
 
     graphs = tuple(build_graph(source) for source in sources_of(entry))
-    compute = entry.context.compute
-    return Report(
-        model=graphs[0].label.partition(" ")[0] if graphs else "",
-        precision=short_name(compute) if compute else "fp32",
-        policy=str(entry.context.policy),
-        graphs=graphs,
-    )
+    name = graphs[0].label.partition(" ")[0] if graphs else ""
+    context = getattr(entry, "context", None)
+    if context is None:
+        return Report(name, graphs=graphs)
+    precision = short_name(context.compute) if context.compute else "fp32"
+    return Report(name, precision, str(context.policy), graphs)
 
 
 def _of_model(model: Any) -> Report:
@@ -282,48 +282,6 @@ def _of_model(model: Any) -> Report:
         policy=str(state.settings.policy),
         graphs=tuple(build_graph(source) for entry in entries for source in sources_of(entry)),
     )
-
-
-_MATCHES: dict[str, Callable[[str, Node], bool]] = {
-    "module": lambda glob, node: module_glob(glob).fullmatch(node.module) is not None,
-    "op": lambda glob, node: matches_op(glob, node.operator),
-    "rule": lambda rule, node: node.rule == rule,
-    "dtype": lambda dtype, node: node.runs_in == dtype,
-}
-
-
-def _part(graph: Graph, wanted: Mapping[str, str]) -> Graph:
-    nodes = tuple(
-        node
-        for node in graph.nodes
-        if all(_MATCHES[key](value, node) for key, value in wanted.items())
-    )
-    names = {node.name for node in nodes}
-    islands = tuple(island for island in graph.islands if names.intersection(island.nodes))
-    return dataclasses.replace(graph, nodes=nodes, islands=islands)
-
-
-def _near(key: str, value: str, nodes: Iterable[Node]) -> str:
-    seen: dict[str, Callable[[Node], Iterable[str]]] = {
-        "module": lambda node: _with_parents(node.module),
-        "op": lambda node: op_names(node.operator),
-        "rule": lambda node: (node.rule,),
-        "dtype": lambda node: (node.runs_in,),
-    }
-    return near_misses(value, {name for node in nodes for name in seen[key](node) if name})
-
-
-def _with_parents(path: str) -> list[str]:
-    segments = path.split(".")
-    return [".".join(segments[: end + 1]) for end in range(len(segments))]
-
-
-def near_misses(value: str, names: Iterable[str]) -> str:
-    """``; close to it: 'softmax'``, or "" where nothing comes close."""
-    import difflib
-
-    close = difflib.get_close_matches(value, sorted(names), n=3, cutoff=0.5)
-    return f"; close to it: {', '.join(map(repr, close))}" if close else ""
 
 
 def _write_whole(target: Path, text: str) -> None:

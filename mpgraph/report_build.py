@@ -39,14 +39,14 @@ def sources_of(entry: Any) -> Iterator[Source]:
     if parts is None:
         parts = [(entry.graph_module, getattr(entry, "reports", ()))]
     label = str(getattr(entry, "label", "")).removeprefix("MixedPrecision")
-    seconds = getattr(captured, "seconds", None) or getattr(entry, "seconds", 0.0)
+    seconds = float(getattr(captured or entry, "seconds", 0.0))
     for index, (gm, passes) in enumerate(parts):
         yield Source(
             label=label if len(parts) == 1 else f"{label}, part {index + 1} of {len(parts)}",
             graph_module=gm,
             passes=passes,
             engine=str(getattr(entry, "engine", "")),
-            seconds=0.0 if index else float(seconds),
+            seconds=0.0 if index else seconds,
             compute=getattr(getattr(entry, "context", None), "compute", None),
             breaks=() if index else tuple(map(_break, getattr(entry, "breaks", None) or ())),
         )
@@ -92,6 +92,7 @@ class _Builder:
     def __init__(self, compute: torch.dtype | None) -> None:
         self.compute = compute
         self.lines: dict[str, str] = {}
+        self.dtypes: dict[fx.Node, tuple[str, ...]] = {}
 
     def nodes(self, gm: fx.GraphModule, body: str = "") -> Iterator[Node]:
         """Operators and casts in order; a sub-graph's right before the node that calls it."""
@@ -103,7 +104,8 @@ class _Builder:
             elif node.op == "placeholder":
                 if getattr(node.meta.get("slot"), "kind", "") == "cast":
                     yield self._weight_cast(node)
-            elif _is_reported(node):
+            elif (ir.is_operator(node) or ir.is_higher_order(node)) and self._dtypes(node):
+                # What yields no tensor is left out: size arithmetic, mode switches, checks.
                 yield self._node(node, body)
 
     def _node(self, node: fx.Node, body: str) -> Node:
@@ -114,8 +116,8 @@ class _Builder:
             name=node.name,
             operator=str(node.target),
             module=ir.module_path(node),
-            takes=tuple(d for n in node.all_input_nodes for d in _dtypes(n)),
-            gives=_dtypes(node),
+            takes=tuple(d for n in node.all_input_nodes for d in self._dtypes(n)),
+            gives=self._dtypes(node),
             runs_in=_runs_in(node, decision),
             rule=decision.rule.value if decision else "",
             reason="inserted by mpgraph" if inserted else decision.reason if decision else "",
@@ -125,6 +127,14 @@ class _Builder:
             body=body,
             cast=made if made is not None and (inserted or made.source != made.target) else None,
         )
+
+    def _dtypes(self, node: fx.Node) -> tuple[str, ...]:
+        """The dtypes of the tensors that a node yields."""
+        found = self.dtypes.get(node)
+        if found is None:
+            values = [v for v in _values(node) if isinstance(v, torch.Tensor)]
+            found = self.dtypes[node] = tuple(ir.short_name(v.dtype) for v in values)
+        return found
 
     def _line(self, node: fx.Node) -> str:
         # Traces are long and shared by many nodes; taking one apart costs more than the rest.
@@ -151,19 +161,13 @@ class _Builder:
         )
 
 
-def _is_reported(node: fx.Node) -> bool:
-    """Whether the node yields tensors: size arithmetic and mode switches are left out."""
-    if not (ir.is_operator(node) or ir.is_higher_order(node)):
-        return False
-    return bool(_dtypes(node))
-
-
 def _cast(node: fx.Node) -> Cast:
     source = ir.cast_source(node)
+    dtype = ir.dtype_of(source)
     return Cast(
         kind="inserted" if ir.is_inserted(node) else "model",
         value=source.name,
-        source="".join(_dtypes(source)),
+        source=ir.short_name(dtype) if dtype else "",
         target=ir.short_name(ir.cast_target(node)),
         bytes=cast_bytes(node),
         readers=_readers(node),
@@ -174,11 +178,9 @@ def _readers(node: fx.Node) -> tuple[str, ...]:
     return tuple(user.name for user in node.users)
 
 
-def _dtypes(node: fx.Node) -> tuple[str, ...]:
-    """The dtypes of the tensors that a node yields."""
+def _values(node: fx.Node) -> tuple[Any, ...]:
     value = node.meta.get("val")
-    values = value if isinstance(value, (tuple, list)) else (value,)
-    return tuple(ir.short_name(v.dtype) for v in values if isinstance(v, torch.Tensor))
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def _runs_in(node: fx.Node, decision: ir.Decision | None) -> str:
@@ -196,9 +198,7 @@ def _runs_in(node: fx.Node, decision: ir.Decision | None) -> str:
 
 
 def _floating(node: fx.Node) -> torch.dtype | None:
-    value = node.meta.get("val")
-    values = value if isinstance(value, (tuple, list)) else (value,)
-    for item in values:
+    for item in _values(node):
         if isinstance(item, torch.Tensor) and (item.is_floating_point() or item.is_complex()):
             return item.dtype
     return None

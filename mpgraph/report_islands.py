@@ -33,22 +33,26 @@ def pattern_of(path: str) -> str:
 
 
 def range_text(paths: Sequence[str]) -> str:
-    """``blocks.1 … blocks.11`` for a run of paths, each once."""
-    return paths[0] if len(paths) == 1 else f"{paths[0]} … {paths[-1]}"
+    """``blocks.1 … blocks.11`` for a run of blocks; the model's own nodes are "model itself"."""
+    names = [path or "model itself" for path in paths]
+    return ", ".join(names) if len(names) < 3 else f"{names[0]} … {names[-1]}"
 
 
 def find_islands(gm: fx.GraphModule, records: Mapping[str, Node]) -> Iterator[Island]:
     """Connected float32 nodes with a 16-bit value on both sides, one island per block.
 
-    Residual connections in float32 join all blocks of a model; an island therefore ends where
-    its block ends, but whether it lies between 16-bit nodes is asked of the whole.
+    Residual connections in float32 join all blocks of a model. An island therefore ends where
+    its block ends, but whether it lies between 16-bit nodes is asked of the whole. A block that
+    itself neither reads nor feeds 16-bit nodes is left out, and so is one of views alone.
     """
     for group in _groups(gm.graph, records):
         names = {node.name for node in group}
         if _reads_16_bit(group, records) and _feeds_16_bit(group, names, records):
-            members = [records[node.name] for node in group]
-            for block, part in _by_block(members).items():
-                yield _island(block, part)
+            for block, part in _by_block(group, records).items():
+                members = [records[node.name] for node in part]
+                touches = _reads_16_bit(part, records) or _feeds_16_bit(part, names, records)
+                if touches and any(map(_computes, members)):
+                    yield _island(block, members)
 
 
 def _groups(graph: fx.Graph, records: Mapping[str, Node]) -> list[list[fx.Node]]:
@@ -100,9 +104,7 @@ def _reads_16_bit(group: Sequence[fx.Node], records: Mapping[str, Node]) -> bool
     )
 
 
-def _feeds_16_bit(
-    group: Sequence[fx.Node], names: set[str], records: Mapping[str, Node]
-) -> bool:
+def _feeds_16_bit(group: Sequence[fx.Node], names: set[str], records: Mapping[str, Node]) -> bool:
     return any(
         record.runs_in in SIXTEEN_BIT
         for node in group
@@ -111,22 +113,25 @@ def _feeds_16_bit(
     )
 
 
-def _by_block(members: Sequence[Node]) -> dict[str, list[Node]]:
-    blocks: dict[str, list[Node]] = {}
-    for member in members:
-        blocks.setdefault(block_of(member.module), []).append(member)
+def _by_block(group: Sequence[fx.Node], records: Mapping[str, Node]) -> dict[str, list[fx.Node]]:
+    blocks: dict[str, list[fx.Node]] = {}
+    for node in group:
+        blocks.setdefault(block_of(records[node.name].module), []).append(node)
     return blocks
 
 
 def _island(block: str, members: Sequence[Node]) -> Island:
-    computing = [m for m in members if m.operator not in MOVES_DATA]
-    reasons = (m.reason for m in members if m.rule == "widen")
+    reasons = (m.reason for m in members if m.rule == "widen" or "autocast" in m.region)
     return Island(
         block=block,
         nodes=tuple(m.name for m in members),
-        operators=tuple(m.operator for m in computing or members),
+        operators=tuple(m.operator for m in members if _computes(m)),
         why=tuple(dict.fromkeys(reasons)) or ("float32 arrives, and nothing lowers it",),
     )
+
+
+def _computes(node: Node) -> bool:
+    return node.operator not in MOVES_DATA
 
 
 def fold_islands(islands: Sequence[Island]) -> Iterator[list[Island]]:

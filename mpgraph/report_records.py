@@ -35,7 +35,7 @@ class Cast:
     source: str
     target: str
     bytes: int
-    readers: tuple[str, ...]
+    readers: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Graph:
         breaks: Where the call leaves the graph.
     """
 
-    label: str
+    label: str = ""
     engine: str = ""
     seconds: float = 0.0
     dynamic: tuple[str, ...] = ()
@@ -197,7 +197,7 @@ def _plain(value: Any) -> Any:
 
 def from_plain(cls: type[R], values: Mapping[str, Any]) -> R:
     """The inverse of :func:`to_plain`; keys of a later mpgraph are left out."""
-    known = {field.name for field in dataclasses.fields(cls)}
+    known = cls.__dataclass_fields__
     return cls(**{key: _record(key, value) for key, value in values.items() if key in known})
 
 

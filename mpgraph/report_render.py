@@ -1,4 +1,4 @@
-"""Lines and tables, as plain text of a fixed width or as rich's own."""
+"""Lines and tables as plain text of a fixed width, or in colour by way of rich."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ class Column:
         header: Its name.
         least: How narrow it may become where the page is too narrow; 0 to keep its width.
         wrap: Break long cells into several lines; otherwise they are cut.
+        keep_end: Cut long cells at their start.
         right: Align to the right.
     """
 
     header: str
     least: int = 0
     wrap: bool = False
+    keep_end: bool = False
     right: bool = False
 
 
@@ -59,16 +61,32 @@ Part = Line | Table
 
 def to_text(parts: Sequence[Part], width: int) -> str:
     """The parts as plain text, no line longer than ``width`` where its words allow."""
-    return "\n".join(line.rstrip() for part in parts for line in _text_of(part, width))
+    return "\n".join(line for line, _ in _lines(parts, width))
 
 
-def _text_of(part: Part, width: int) -> Iterator[str]:
-    if isinstance(part, Table):
-        yield from _table_lines(part, width)
-    elif not part.text:
-        yield ""
-    else:
-        yield from _wrapped(part.text, width, " " * part.indent)
+class Page:
+    """The same for rich: in colour, as wide as the terminal."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = parts
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        """Rich's protocol: what to print, for a console of this width."""
+        from rich.text import Text
+
+        for line, style in _lines(self.parts, options.max_width):
+            yield Text(line, style=style, no_wrap=True, overflow="ignore")
+
+
+def _lines(parts: Sequence[Part], width: int) -> Iterator[tuple[str, str]]:
+    """Every line and its style."""
+    for part in parts:
+        if isinstance(part, Table):
+            yield from _table_lines(part, width)
+        else:
+            style = "bold" if part.heading else ""
+            for line in _wrapped(part.text, width, " " * part.indent) or [""]:
+                yield line, style
 
 
 def _wrapped(text: str, width: int, indent: str) -> list[str]:
@@ -82,12 +100,13 @@ def _wrapped(text: str, width: int, indent: str) -> list[str]:
     )
 
 
-def _table_lines(table: Table, width: int) -> Iterator[str]:
+def _table_lines(table: Table, width: int) -> Iterator[tuple[str, str]]:
     widths = _widths(table, width - table.indent - len(_GAP) * (len(table.columns) - 1))
     header = tuple(column.header for column in table.columns)
-    for cells in (header, *(row.cells for row in table.rows)):
+    styled = [(header, "dim"), *((row.cells, COLOURS.get(row.dtype, "")) for row in table.rows)]
+    for cells, style in styled:
         for line in _row_lines(cells, table.columns, widths):
-            yield " " * table.indent + _GAP.join(line)
+            yield (" " * table.indent + _GAP.join(line)).rstrip(), style
 
 
 def _widths(table: Table, room: int) -> list[int]:
@@ -122,42 +141,8 @@ def _fitted(cell: str, column: Column, width: int) -> list[str]:
         return [cell]
     if column.wrap:
         return textwrap.wrap(cell, width, break_on_hyphens=False)
-    return [cell[: width - 1] + "…"]
+    return ["…" + cell[len(cell) - width + 1 :] if column.keep_end else cell[: width - 1] + "…"]
 
 
 def _aligned(text: str, column: Column, width: int) -> str:
     return text.rjust(width) if column.right else text.ljust(width)
-
-
-def to_rich(parts: Sequence[Part]) -> Any:
-    """The parts as one rich renderable, coloured by dtype."""
-    from rich.console import Group
-
-    return Group(*map(_rich_of, parts))
-
-
-def _rich_of(part: Part) -> Any:
-    from rich.padding import Padding
-    from rich.text import Text
-
-    if isinstance(part, Line):
-        text = Text(part.text, style="bold" if part.heading else "")
-        return Padding(text, (0, 0, 0, part.indent)) if part.indent else text
-    return Padding(_rich_table(part), (0, 0, 0, part.indent))
-
-
-def _rich_table(table: Table) -> Any:
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    made = RichTable(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for column in table.columns:
-        made.add_column(
-            column.header,
-            justify="right" if column.right else "left",
-            overflow="fold" if column.wrap else "ellipsis",
-            no_wrap=not column.wrap,
-        )
-    for row in table.rows:
-        made.add_row(*map(Text, row.cells), style=COLOURS.get(row.dtype, ""))
-    return made

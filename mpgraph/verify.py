@@ -47,9 +47,9 @@ def _broken_decisions(node: fx.Node) -> Iterator[str]:
     decision: ir.Decision | None = node.meta.get("decision")
     if decision is None or decision.dtype is None:
         return
-    for source in node.all_input_nodes:
+    for source in ir.eligible_inputs(node):
         found = ir.dtype_of(source)
-        if found in ir.ELIGIBLE and found is not decision.dtype:
+        if found is not None and found is not decision.dtype:
             yield (
                 f"should take {ir.short_name(decision.dtype)} inputs, but input %{source.name} is "
                 f"{ir.short_name(found)}"

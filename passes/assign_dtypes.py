@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable
 from typing import Any
@@ -48,14 +49,25 @@ class _Assigner:
     def _assign_node(self, graph: fx.Graph, node: fx.Node) -> int:
         before = (node.meta.get("decision"), _dtypes(node.meta.get("val")))
         if ir.is_operator(node):
-            node.meta["decision"] = decision = self._decide(node)
-            node.meta["val"] = self._value(node, decision)
+            self._assign_operator(node)
         elif ir.is_getitem(node):
             source, index = node.args
             node.meta["val"] = source.meta["val"][index]  # type: ignore[union-attr,index]
         else:
             node.meta["decision"] = _NOT_OURS
         return int(before != (node.meta.get("decision"), _dtypes(node.meta.get("val"))))
+
+    def _assign_operator(self, node: fx.Node) -> None:
+        decision = self._decide(node)
+        try:
+            value = self._value(node, decision)
+        except RuntimeError:
+            # Some operators take one dtype only (index_put, scatter), and the policy has
+            # widened one of their inputs, but not another.
+            if (decision := _one_dtype(node, decision)) is None:
+                raise
+            value = self._value(node, decision)
+        node.meta["decision"], node.meta["val"] = decision, value
 
     def _decide(self, node: fx.Node) -> ir.Decision:
         region = ir.region_of(node)
@@ -121,8 +133,18 @@ def _decision(node: fx.Node, choice: RuleChoice, compute: torch.dtype | None) ->
     return decide(dtype=dtype)
 
 
+def _one_dtype(node: fx.Node, decision: ir.Decision) -> ir.Decision | None:
+    """Run in the dtype of what is written to, else in the widest one; None if all are equal."""
+    dtypes = _eligible_dtypes(node)
+    if decision.dtype is not None or len(set(dtypes)) < 2:
+        return None
+    reason = f"torch takes one dtype here; {decision.reason}"
+    dtype = dtypes[0] if ir.is_mutating(node) else _widest(dtypes)
+    return dataclasses.replace(decision, rule=Rule.PROMOTE, dtype=dtype, reason=reason)
+
+
 def _eligible_dtypes(node: fx.Node) -> list[torch.dtype]:
-    return [d for n in eligible_inputs(node) if (d := ir.dtype_of(n)) is not None]
+    return [d for n in ir.eligible_inputs(node) if (d := ir.dtype_of(n)) is not None]
 
 
 def _run_dtype(
@@ -140,19 +162,6 @@ def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype | None:
     for dtype in dtypes:
         widest = dtype if widest is None else torch.promote_types(widest, dtype)
     return widest
-
-
-def eligible_inputs(node: fx.Node) -> list[fx.Node]:
-    """The node's tensor arguments that a rule may cast, in order, lists included."""
-    found: list[fx.Node] = []
-
-    def note(argument: fx.Node) -> fx.Node:
-        if ir.is_eligible(argument):
-            found.append(argument)
-        return argument
-
-    fx.map_arg((node.args, node.kwargs), note)
-    return found
 
 
 def _has_dtype(node: fx.Node) -> bool:

@@ -38,11 +38,12 @@ def _set_argument(node: fx.Node, dtype: torch.dtype) -> int:
 
 
 def _cast_inputs(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> int:
+    castable = set(ir.eligible_inputs(node))
     edits = 0
 
     def cast_if_needed(source: fx.Node) -> fx.Node:
         nonlocal edits
-        if not ir.is_eligible(source) or ir.dtype_of(source) is dtype:
+        if source not in castable or ir.dtype_of(source) is dtype:
             return source
         edits += 1
         return ir.add_cast(graph, source, dtype, before=node)
