@@ -51,6 +51,15 @@ _RECURRENT_CELLS = rows(
     """,
 )
 
+_RECURRENT = rows(
+    Rule.LOWER,
+    "the whole network in 16 bit, as cuDNN runs it; opened, it would be unrolled over time",
+    """
+    lstm.input lstm.data gru.input gru.data rnn_tanh.input rnn_tanh.data rnn_relu.input
+    rnn_relu.data
+    """,
+)
+
 _LEARNED_SLOPE = rows(
     Rule.LOWER,
     "torch wants one dtype, and the float32 slope would pull the activation up with it",
@@ -345,6 +354,7 @@ DEFAULT: Rows = table(
     _CONVOLUTION,
     _ATTENTION,
     _RECURRENT_CELLS,
+    _RECURRENT,
     _LEARNED_SLOPE,
     _SOFTMAX,
     _SOFTMAX_KERNELS,
@@ -408,8 +418,7 @@ LEAN: Rows = table(
     ),
     rows(
         Rule.LOWER,
-        "a lookup: the same bits as rounding its rows, and the residual stream starts in 16 bit; "
-        "on CPU the gradients of a repeated row add up in 16 bit",
+        "a lookup: the same bits as rounding its rows, and the residual stream starts in 16 bit",
         "embedding",
     ),
 )
@@ -424,7 +433,9 @@ COMPOSITES: frozenset[str] = frozenset(
         conv2d.padding conv3d conv3d.padding conv_transpose1d conv_transpose2d.input
         conv_transpose3d.input _convolution.deprecated _convolution_mode thnn_conv2d
         slow_conv3d scaled_dot_product_attention _scaled_dot_product_attention_math lstm_cell
-        gru_cell rnn_tanh_cell rnn_relu_cell prelu softmax.int log_softmax.int special_softmax
+        gru_cell rnn_tanh_cell rnn_relu_cell lstm.input lstm.data gru.input gru.data
+        rnn_tanh.input rnn_tanh.data rnn_relu.input rnn_relu.data prelu softmax.int
+        log_softmax.int special_softmax
         special_log_softmax layer_norm group_norm rms_norm _fused_rms_norm batch_norm
         _batch_norm_impl_index instance_norm nanmean var var.dim std std.dim var_mean
         var_mean.dim std_mean std_mean.dim cov corrcoef linalg_matrix_norm

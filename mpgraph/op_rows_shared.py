@@ -1,7 +1,7 @@
 """Rows that every preset shares: operators that follow their inputs, or keep their dtype.
 
 Composite operators stand here only when no operator inside them is cast by any preset; the
-others (``einsum``, ``pad``, ``lstm.input`` ...) have no row, so that they are opened and each
+others (``einsum``, ``pad``, ``tensordot`` ...) have no row, so that they are opened and each
 part is decided. ``tests/test_op_table.py`` checks this.
 """
 

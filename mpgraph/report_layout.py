@@ -47,11 +47,11 @@ def rule_table(nodes: Sequence[Node]) -> Table:
     """One row per dtype and reason; what merely follows its inputs is one row per dtype."""
     groups: dict[tuple[str, str, str], list[Node]] = {}
     for node in nodes:
-        decided = node.rule in _DECIDING and node.runs_in
-        rule, why = (
-            (node.rule, why_text(node)) if decided else ("", _FOLLOWS if node.runs_in else "")
-        )
-        groups.setdefault((node.runs_in, rule, why), []).append(node)
+        if node.rule in _DECIDING and node.runs_in:
+            key = (node.runs_in, node.rule, why_text(node))
+        else:
+            key = (node.runs_in, "", _FOLLOWS if node.runs_in else "no floats")
+        groups.setdefault(key, []).append(node)
     ordered = sorted(groups.items(), key=lambda item: (_rank(item[0]), -len(item[1])))
     columns = (
         Column("runs in"),

@@ -113,13 +113,18 @@ def _widths(table: Table, room: int) -> list[int]:
     """Natural widths, then the widest column that may shrink gives way until all fit."""
     rows = [tuple(c.header for c in table.columns), *(row.cells for row in table.rows)]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    least = [column.least or width for column, width in zip(table.columns, widths, strict=True)]
-    while sum(widths) > room:
-        spare = [(width, i) for i, width in enumerate(widths) if width > least[i]]
-        if not spare:
-            break
-        widths[max(spare)[1]] -= 1
+    # A page narrower than the columns' least widths still has to hold them somehow.
+    for scale in (1.0, 0.5, 0.25):
+        _shrink(widths, [int(column.least * scale) for column in table.columns], room)
     return widths
+
+
+def _shrink(widths: list[int], least: Sequence[int], room: int) -> None:
+    while sum(widths) > room:
+        spare = [(width, i) for i, width in enumerate(widths) if 0 < least[i] < width]
+        if not spare:
+            return
+        widths[max(spare)[1]] -= 1
 
 
 def _row_lines(

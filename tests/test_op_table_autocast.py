@@ -243,6 +243,8 @@ def test_composites_that_hide_a_cast_have_no_row(preset: str, name: str) -> None
     op = name if "." in name else f"{name}.default"
     if (preset, name) in {("autocast-cuda", "einsum"), ("autocast-cuda", "tensordot")}:
         assert rule_for(preset, f"aten.{op}") is not None  # torch.autocast lists them itself
+    elif preset in ("default", "lean") and name.startswith(("lstm", "gru", "rnn")):
+        assert rule_for(preset, f"aten.{op}").rule is Rule.LOWER  # whole: not unrolled over time
     else:
         assert rule_for(preset, f"aten.{op}") is None
 

@@ -177,6 +177,7 @@ _LOGGERS = (
     "torch._export",
     "torch._export.non_strict_utils",
     "torch.export._trace",
+    "torch._subclasses.fake_tensor",
     "torch.fx.experimental.symbolic_shapes",
     "torch.fx.experimental.proxy_tensor",
 )

@@ -1,0 +1,79 @@
+"""The examples run, and the documents show what runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    """The fenced blocks of one language in a document."""
+    return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_ten_line_example_learns_and_reports(capsys):
+    runpy.run_path(str(EXAMPLES / "train_ten_lines.py"))
+    printed = capsys.readouterr().out
+    loss = re.search(r"loss (\S+)", printed)
+    assert loss is not None
+    assert float(loss[1]) < 1.5  # guessing gives log(10) = 2.3
+    assert "linear" in printed
+
+
+def test_readme_shows_the_ten_line_example_as_it_is():
+    _, _, code = (EXAMPLES / "train_ten_lines.py").read_text().partition('"""\n\n')
+    assert code in blocks(ROOT / "README.md", "python")
+
+
+def test_demo_writes_its_table_picture_and_data(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    demo = runpy.run_path(str(EXAMPLES / "demo.py"), run_name="demo")
+    small = demo["GPTConfig"](context=16, width=32, layers=1, heads=2)
+    demo["main"](["--steps", "3", "--device", "cpu", "--out", str(tmp_path)], small)
+
+    printed = capsys.readouterr().out
+    assert "ms per step" in printed
+    assert "attention" in printed  # the precision report of the first block
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((tmp_path / "losses.json").read_text())
+    losses = {loop["name"]: loop["losses"] for loop in record["loops"]}
+    assert [len(values) for values in losses.values()] == [3, 3, 3]
+    assert losses["mpgraph bf16"] == pytest.approx(losses["fp32"], abs=0.02)
+    casts = {loop["name"]: loop["casts"] for loop in record["loops"]}
+    assert casts["fp32"] == 0
+    assert casts["mpgraph bf16"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["losses.json", "losses.png"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_in_the_documents_is_python(document):
+    for code in blocks(document, "python"):
+        compile(code, document.name, "exec")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_between_documents_lead_somewhere(document):
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text())
+    missing = [target for target in targets if not (document.parent / target).exists()]
+    assert missing == []
+
+
+def test_policy_file_in_the_documents_can_be_read():
+    from mpgraph import Policy
+
+    (example,) = blocks(ROOT / "docs" / "policies.md", "toml")
+    assert Policy.from_toml(example) == Policy().pin(module="decoder.layers.*.mlp")
