@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import threading
+import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -68,7 +69,11 @@ class Specialisation:
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run the graph on the flattened arguments; give the model's result."""
-        outputs = self.run(*self.gather(leaves))
+        try:
+            outputs = self.run(*self.gather(leaves))
+        except Exception as error:
+            add_place(error, self.graph_module)
+            raise
         result = unflatten(self.captured.output, outputs)
         if self.assign is not None:
             self.assign(outputs)
@@ -385,6 +390,19 @@ def make_specialisation(
         gather=_gatherer(model, state, captured),
         assign=_assigner(model, captured),
     )  # fmt: skip
+
+
+def add_place(error: Exception, gm: torch.fx.GraphModule) -> None:
+    """Note on an error of an operator which node failed, and the line of the user's model."""
+    names = {node.name: node for node in gm.graph.nodes}
+    for frame in traceback.extract_tb(error.__traceback__):
+        name = (frame.line or "").partition(" = ")[0].partition(":")[0].strip()
+        if frame.filename.startswith("<eval_with_key>") and name in names:
+            node = names[name]
+            note = f"mpgraph: in node %{name} ({node.target}), from {ir.source_line(node)}"
+            # BaseException.add_note came with Python 3.11; this is what it does.
+            vars(error).setdefault("__notes__", []).append(note)
+            return
 
 
 def _restoring_grad_mode(run: Callable[..., Any]) -> Callable[..., Any]:

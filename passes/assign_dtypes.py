@@ -21,6 +21,10 @@ _OFF = ir.Decision(
     Rule.FOLLOW, None, "inside the model's own autocast(enabled=False)", "the model's own region"
 )
 _NOT_OURS = ir.Decision(Rule.KEEP, None, "not a tensor operator", "structure")
+_BRANCHES = ir.Decision(Rule.KEEP, None, "its branches take what arrives", "structure")
+_AS_CAPTURED = ir.Decision(
+    Rule.KEEP, None, "both sides of a sub-graph's border have one dtype", "structure", captured=True
+)
 
 
 @graph_pass(numerics="rounds", whole=True)
@@ -30,6 +34,10 @@ def assign_dtypes(graph: fx.Graph, context: PassContext) -> int:
     ``linear(x: fp32, w: fp32): fp32`` becomes ``linear(x: fp32, w: fp32): bf16`` with the
     decision "lower to bf16": the casts that make it true are the next pass's work. A node
     whose inputs have no dtype that a rule may change (integers, float64) is left alone.
+
+    Sub-graphs are entered. The branches of a ``cond`` take what arrives; every other body (a
+    ``while_loop``, whose results are its next inputs) takes the dtypes that it was captured
+    with. All of them return the dtypes that they were captured with.
     """
     return _Assigner(context).assign(graph)
 
@@ -53,9 +61,23 @@ class _Assigner:
         elif ir.is_getitem(node):
             source, index = node.args
             node.meta["val"] = source.meta["val"][index]  # type: ignore[union-attr,index]
+        elif ir.is_higher_order(node):
+            return self._assign_bodies(graph, node) + int(before[0] != node.meta["decision"])
         else:
             node.meta["decision"] = _NOT_OURS
         return int(before != (node.meta.get("decision"), _dtypes(node.meta.get("val"))))
+
+    def _assign_bodies(self, graph: fx.Graph, node: fx.Node) -> int:
+        calls = list(ir.body_calls(graph, node))
+        is_cond = node.target is torch.ops.higher_order.cond
+        node.meta["decision"] = _BRANCHES if is_cond else _AS_CAPTURED if calls else _NOT_OURS
+        edits = 0
+        for body, operands in calls:
+            if is_cond and operands is not None:
+                edits += _pass_dtypes(body.graph, operands)
+            edits += self.assign(body.graph)
+            body.graph.output_node().meta["decision"] = _AS_CAPTURED
+        return edits
 
     def _assign_operator(self, node: fx.Node) -> None:
         decision = self._decide(node)
@@ -111,6 +133,17 @@ class _Assigner:
         return _run_dtype(rule, compute, _eligible_dtypes(node))
 
 
+def _pass_dtypes(body: fx.Graph, operands: tuple[Any, ...]) -> int:
+    """Give the placeholders of a body the dtypes of what the caller passes."""
+    edits = 0
+    for inner, outer in zip(body.find_nodes(op="placeholder"), operands, strict=True):
+        dtype = ir.dtype_of(outer) if isinstance(outer, fx.Node) else None
+        if dtype is not None and dtype is not ir.dtype_of(inner):
+            inner.meta["val"] = ir.retype(inner.meta["val"], dtype)
+            edits += 1
+    return edits
+
+
 def _dtypes(value: Any) -> tuple[torch.dtype, ...]:
     if isinstance(value, torch.Tensor):
         return (value.dtype,) if value.dtype.is_floating_point else ()
@@ -128,6 +161,10 @@ def _decision(node: fx.Node, choice: RuleChoice, compute: torch.dtype | None) ->
     dtype = _run_dtype(choice.rule, lowered, inputs)
     if dtype is None or not inputs or ir.is_mutating(node):
         return decide(dtype=None)
+    for statistics in ir.running_statistics(node):
+        # The kernel wants weights in the dtype of the running statistics that it writes to.
+        if (stored := ir.dtype_of(statistics)) is not dtype:
+            return decide(dtype=stored, reason="in the dtype of its own running statistics")
     if choice.set_dtype:
         return decide(dtype=None, argument=None if _has_dtype(node) else dtype)
     return decide(dtype=dtype)

@@ -110,6 +110,7 @@ def _copy_body(
         for inner in body.graph.nodes:
             if inner.op == "get_attr":
                 values[inner] = _move_attribute(graph, body, inner)
+                _mark_bodies(getattr(body, str(inner.target)), marks)
             elif inner.op == "output":
                 return fx.map_arg(inner.args[0], lambda n: values[n])
             elif inner.op != "placeholder":
@@ -117,6 +118,13 @@ def _copy_body(
                 # The innermost region wins: marks already on the node came from inside.
                 values[inner].meta = {**marks, **inner.meta}
     raise AssertionError("a graph without an output")
+
+
+def _mark_bodies(value: Any, marks: dict[str, Any]) -> None:
+    """What is inside a ``cond`` inside a region is inside the region."""
+    for body in ir.all_graphs(value) if isinstance(value, fx.GraphModule) else ():
+        for node in body.graph.nodes:
+            node.meta = {**marks, **node.meta}
 
 
 def _move_attribute(graph: fx.Graph, body: fx.GraphModule, inner: fx.Node) -> fx.Node:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from mpgraph import ir
@@ -32,9 +32,25 @@ def capture_call(
     context = _context(state)
     names = _names(spec)
     captured, reports = _capture_export(state, model, leaves, spec, names, earlier, context)
+    check_overrides(state, captured.graph_module)
     label = _label(model, leaves, names)
     shapes = [leaf.shape for leaf in leaves]
     return make_specialisation(model, state, captured, reports, context, label, shapes)
+
+
+def check_overrides(state: State, *graphs: fx.GraphModule) -> None:
+    """Refuse a policy with an override that selects nothing in the first graphs captured.
+
+    Later ones may well lack a module (dropout in eval mode) that an override names.
+    """
+    if not state.specialisations():
+        state.settings.policy.check_overrides(
+            (ir.operator_name(node), ir.module_path(node), node.name)
+            for gm in graphs
+            for body in ir.all_graphs(gm)
+            for node in body.graph.nodes
+            if node.op == "call_function"
+        )
 
 
 def _context(state: State) -> PassContext:
