@@ -60,6 +60,8 @@ class Decision:
         reason: The row's reason, for people.
         source: Where the rule comes from: a preset, an override, or no row.
         argument: Set the operator's own ``dtype=`` argument to it instead of casting inputs.
+        captured: Every floating input is cast back to the dtype that it was captured with, as
+            at the border of a sub-graph, where the two sides must agree.
     """
 
     rule: Rule
@@ -67,6 +69,7 @@ class Decision:
     reason: str
     source: str
     argument: torch.dtype | None = None
+    captured: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,6 +260,30 @@ def all_graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
     yield gm
     for _, body in call_graphs(gm):
         yield from all_graphs(body)
+
+
+def body_calls(
+    graph: fx.Graph, node: fx.Node
+) -> Iterator[tuple[fx.GraphModule, tuple[Any, ...] | None]]:
+    """The sub-graphs that a higher-order node runs, and the operands that each of them gets.
+
+    None instead of operands: the body gets something else than what the node is given, such as
+    one slice of it at a time.
+    """
+    for argument in node.args:
+        if isinstance(argument, fx.Node) and argument.op == "get_attr":
+            body = getattr(graph.owning_module, str(argument.target), None)
+            if isinstance(body, fx.GraphModule):
+                yield body, _operands(node)
+
+
+def _operands(node: fx.Node) -> tuple[Any, ...] | None:
+    if node.target is torch.ops.higher_order.cond:
+        return tuple(cast("tuple[Any, ...]", node.args[3]))
+    if node.target is torch.ops.higher_order.while_loop:
+        carried, others = cast("tuple[tuple[Any, ...], ...]", node.args[2:4])
+        return (*carried, *others)
+    return None
 
 
 def source_line(node: fx.Node) -> str:

@@ -29,11 +29,11 @@ def verify(gm: fx.GraphModule, *, after: str = "", decided: bool = False) -> Non
     for body in ir.all_graphs(gm):
         body.graph.lint()
         for node in body.graph.nodes:
-            for problem in _problems(node, decided):
+            for problem in _problems(body.graph, node, decided):
                 raise VerificationError(_message(node, problem, after))
 
 
-def _problems(node: fx.Node, decided: bool) -> Iterator[str]:
+def _problems(graph: fx.Graph, node: fx.Node, decided: bool) -> Iterator[str]:
     if node.op == "call_function" and "val" not in node.meta:
         yield "has no value"
     if node.op == "call_function" and not ir.is_inserted(node) and "captured" not in node.meta:
@@ -41,6 +41,10 @@ def _problems(node: fx.Node, decided: bool) -> Iterator[str]:
     if decided and ir.is_operator(node):
         yield from _broken_decisions(node)
         yield from _wrong_dtypes(node)
+    if decided and ir.is_higher_order(node):
+        for body, operands in ir.body_calls(graph, node):
+            if operands is not None:
+                yield from _broken_borders(node, body.graph, operands)
 
 
 def _broken_decisions(node: fx.Node) -> Iterator[str]:
@@ -63,6 +67,22 @@ def _wrong_dtypes(node: fx.Node) -> Iterator[str]:
     expected = _dtypes(run_on_values(node))
     if found != expected:
         yield f"is recorded as {_names(found)}, but torch gives {_names(expected)}"
+
+
+def _broken_borders(node: fx.Node, body: fx.Graph, operands: tuple[Any, ...]) -> Iterator[str]:
+    for inner, outer in zip(body.find_nodes(op="placeholder"), operands, strict=True):
+        taken, given = ir.dtype_of(inner), _dtypes(outer.meta["val"] if _is_node(outer) else outer)
+        if taken is not None and given != [taken]:
+            yield f"gives {_names(given)} to a sub-graph that takes {ir.short_name(taken)} %{inner}"
+    found = _dtypes(fx.map_arg(body.output_node().args[0], lambda n: n.meta["val"]))
+    expected = _dtypes(node.meta["val"])
+    # The condition of a loop yields no floating-point value, and none of the loop's results.
+    if any(dtype.is_floating_point for dtype in found) and found != expected:
+        yield f"yields {_names(expected)}, but its sub-graph returns {_names(found)}"
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, fx.Node)
 
 
 def _dtypes(value: Any) -> list[torch.dtype]:
