@@ -168,13 +168,13 @@ class Report:
         return compare(self, other)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as dictionaries, lists, text and numbers; empty fields are left out.
+        """The report as dictionaries, lists, text and numbers; what is empty is left out.
 
         ``{"schema": 1, "model", "precision", "policy", "graphs": [{"label", "engine",
-        "seconds", "dynamic", "passes": [{"name", "numerics", "edits", "casts", "cast_bytes"}],
-        "nodes": [{"name", "operator", "module", "takes", "gives", "runs_in", "rule", "reason",
-        "source", "line", "region", "body", "cast": {"kind", "value", "source", "target",
-        "bytes", "readers"}}], "islands": [{"block", "nodes", "operators", "why"}], "breaks":
+        "reason", "seconds", "dynamic", "passes": [{"name", "numerics", "edits", "casts",
+        "cast_bytes"}], "nodes": [{"name", "operator", "module", "takes", "gives", "runs_in",
+        "rule", "reason", "source", "line", "region", "body", "cast": {"kind", "value",
+        "source", "target", "bytes", "readers"}}], "islands": [{"block", "nodes", "operators", "why"}], "breaks":
         [{"reason", "line"}]}], "selection"}``. The attributes of :class:`Report` and of the
         classes in :mod:`mpgraph.report_records` say what each is. A later mpgraph may add keys;
         one that changes their meaning has another ``schema``.

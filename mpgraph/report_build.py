@@ -23,6 +23,7 @@ class Source:
     graph_module: fx.GraphModule
     passes: Sequence[PassReport] = ()
     engine: str = ""
+    reason: str = ""
     seconds: float = 0.0
     compute: torch.dtype | None = None
     breaks: tuple[Break, ...] = ()
@@ -38,18 +39,25 @@ def sources_of(entry: Any) -> Iterator[Source]:
     parts = getattr(entry, "graphs", None)
     if parts is None:
         parts = [(entry.graph_module, getattr(entry, "reports", ()))]
-    label = str(getattr(entry, "label", "")).removeprefix("MixedPrecision")
-    seconds = float(getattr(captured or entry, "seconds", 0.0))
+    whole = Source(
+        label=str(getattr(entry, "label", "")).removeprefix("MixedPrecision"),
+        # A call of which no part could be captured still has breaks that say why.
+        graph_module=fx.GraphModule({}, fx.Graph()),
+        engine=str(getattr(entry, "engine", "")),
+        reason=str(getattr(entry, "reason", "")),
+        seconds=float(getattr(captured or entry, "seconds", 0.0)),
+        compute=getattr(getattr(entry, "context", None), "compute", None),
+        breaks=tuple(map(_break, getattr(entry, "breaks", None) or ())),
+    )
+    if not parts:
+        yield whole
     for index, (gm, passes) in enumerate(parts):
-        yield Source(
-            label=label if len(parts) == 1 else f"{label}, part {index + 1} of {len(parts)}",
-            graph_module=gm,
-            passes=passes,
-            engine=str(getattr(entry, "engine", "")),
-            seconds=0.0 if index else seconds,
-            compute=getattr(getattr(entry, "context", None), "compute", None),
-            breaks=() if index else tuple(map(_break, getattr(entry, "breaks", None) or ())),
-        )
+        part = dataclasses.replace(whole, graph_module=gm, passes=passes)
+        if len(parts) > 1:
+            part = dataclasses.replace(
+                part, label=f"{part.label}, part {index + 1} of {len(parts)}"
+            )
+        yield part if index == 0 else dataclasses.replace(part, reason="", seconds=0.0, breaks=())
 
 
 def _break(value: Any) -> Break:
@@ -67,6 +75,7 @@ def build_graph(source: Source) -> Graph:
     return Graph(
         label=source.label,
         engine=source.engine,
+        reason=source.reason,
         seconds=round(source.seconds, 3),
         dynamic=tuple(_dynamic_sizes(source.graph_module)),
         passes=tuple(

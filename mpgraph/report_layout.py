@@ -28,7 +28,8 @@ def header(report: Report) -> str:
     """The model, and what was done to it, in one line."""
     engines = sorted({graph.engine for graph in report.graphs} - {""})
     seconds = sum(graph.seconds for graph in report.graphs)
-    captured = f"captured by {' and '.join(engines)} in {seconds:.1f} s" if engines else ""
+    duration = f" in {seconds:.1f} s" if seconds else ""
+    captured = f"captured by {' and '.join(engines)}{duration}" if engines else ""
     policy = f"policy {report.policy}" if report.policy else ""
     parts = (report.model, report.precision, policy, captured, count(len(report.graphs), "graph"))
     return " · ".join(part for part in parts if part)

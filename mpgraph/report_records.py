@@ -126,6 +126,7 @@ class Graph:
     Attributes:
         label: The kind of call that it is for: mode and argument shapes.
         engine: What captured it: "export" or "dynamo"; "" if unknown.
+        reason: Why the engine that was asked first did not capture it; "" if it did.
         seconds: How long the capture took; 0.0 if unknown.
         dynamic: The input sizes that may vary: ``idx[0]``.
         passes: What each pass did, in order.
@@ -136,6 +137,7 @@ class Graph:
 
     label: str = ""
     engine: str = ""
+    reason: str = ""
     seconds: float = 0.0
     dynamic: tuple[str, ...] = ()
     passes: tuple[Pass, ...] = ()
@@ -182,11 +184,9 @@ def sum_bytes(nodes: tuple[Node, ...]) -> int:
 
 
 def to_plain(record: Record) -> dict[str, Any]:
-    """A record as dictionaries, lists, text and numbers; empty fields are left out."""
-    return {key: _plain(value) for key, value in vars(record).items() if value not in _EMPTY}
-
-
-_EMPTY: tuple[Any, ...] = ("", (), None)
+    """A record as dictionaries, lists, text and numbers; defaults are left out."""
+    fields = record.__dataclass_fields__
+    return {k: _plain(value) for k, value in vars(record).items() if value != fields[k].default}
 
 
 def _plain(value: Any) -> Any:

@@ -59,7 +59,7 @@ def _graph_table(graphs: Sequence[Graph]) -> Table:
                 str(len(graph.operators)),
                 str(len(graph.casts)),
                 str(len(graph.breaks)),
-                f"{graph.engine} in {graph.seconds:.1f} s",
+                f"{graph.engine} in {graph.seconds:.1f} s" if graph.seconds else graph.engine,
             )
         )
         for number, graph in enumerate(graphs, start=1)
@@ -68,14 +68,17 @@ def _graph_table(graphs: Sequence[Graph]) -> Table:
 
 
 def _graph_summary(graph: Graph) -> Iterator[Part]:
-    yield rule_table(graph.operators)
-    yield from _unknown_lines(graph.operators)
-    yield from _cast_parts(graph)
-    yield from _island_parts(graph)
-    yield from _module_parts(graph)
+    if graph.reason:
+        yield Line(f"not captured by export: {graph.reason}", indent=2)
     for place in graph.breaks:
         line = f", from {place.line}" if place.line else ""
         yield Line(f"graph break: {place.reason}{line}", indent=2)
+    if graph.nodes:
+        yield rule_table(graph.operators)
+        yield from _unknown_lines(graph.operators)
+        yield from _cast_parts(graph)
+        yield from _island_parts(graph)
+        yield from _module_parts(graph)
 
 
 def _unknown_lines(nodes: Sequence[Node]) -> Iterator[Line]:

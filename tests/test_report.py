@@ -61,7 +61,7 @@ class Regions(nn.Module):
 
     def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", enabled=False):
-            quiet = x * 2
+            quiet = x.float() * 2
         with torch.no_grad():
             fixed = x.abs()
         y = self.linear(x)
@@ -164,6 +164,10 @@ def test_a_cast_that_the_model_wrote_is_its_own() -> None:
     own = [node for node in graph.casts if node.cast and node.cast.kind == "model"]
     assert [(node.cast.source, node.cast.target) for node in own if node.cast] == [("bf16", "fp32")]
     assert own[0] in graph.operators
+    # float() of what is float32 already casts nothing.
+    assert [node.cast for node in graph.operators if node.operator == "aten.to.dtype"] == (
+        [None, own[0].cast]
+    )
 
 
 def test_integers_run_in_no_dtype_at_all() -> None:
@@ -274,14 +278,27 @@ def test_parts_between_graph_breaks_are_graphs_of_their_own() -> None:
     assert "graph break: data-dependent" in str(report)
 
 
+def test_a_call_without_any_graph_still_says_why() -> None:
+    entry = SimpleNamespace(
+        graphs=[],
+        label="Tiny train",
+        engine="dynamo",
+        reason="forward draws numbers from Python's random module",
+        breaks=[SimpleNamespace(reason="numpy call", line="")],
+    )
+    text = str(mpgraph.explain(entry))
+    assert "Tiny · captured by dynamo · 1 graph" in text
+    assert "not captured by export: forward draws numbers" in text
+    assert "graph break: numpy call" in text
+
+
 def test_branches_are_reported_as_nodes_of_their_sub_graph() -> None:
-    class Branch(nn.Linear):
+    class Branch(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = super().forward(x)
             return torch.cond(x.sum() > 0, torch.relu, torch.neg, (x,))
 
-    model = mpgraph.convert(Branch(4, 4), "bf16", example_inputs=(torch.ones(3, 4),))
-    bodies = {node.operator: node.body for node in mpgraph.explain(model).nodes}
+    program = torch.export.export(Branch(), (torch.ones(3),), strict=False)
+    bodies = {n.operator: n.body for n in mpgraph.explain(program.graph_module).nodes}
     assert bodies["aten.relu.default"] == "true_graph_0"
     assert bodies["aten.neg.default"] == "false_graph_0"
     assert bodies["cond"] == ""
@@ -403,6 +420,14 @@ def test_a_diff_with_itself_is_empty() -> None:
     diff = explained().diff(explained())
     assert not diff
     assert "no difference" in str(diff)
+
+
+def test_a_diff_compares_graphs_for_the_same_kind_of_call() -> None:
+    (train,) = explained().graphs
+    other = dataclasses.replace(train, label="Tiny eval", nodes=train.nodes[:5])
+    first, second = (Report("Tiny", graphs=graphs) for graphs in ((train, other), (other, train)))
+    assert not first.diff(second)
+    assert len(first.diff(Report("Tiny", graphs=(other,))).removed) == len(train.operators)
 
 
 def test_a_diff_works_on_reports_from_files(tmp_path: Path) -> None:
