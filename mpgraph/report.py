@@ -174,8 +174,8 @@ class Report:
         "reason", "seconds", "dynamic", "passes": [{"name", "numerics", "edits", "casts",
         "cast_bytes"}], "nodes": [{"name", "operator", "module", "takes", "gives", "runs_in",
         "rule", "reason", "source", "line", "region", "body", "cast": {"kind", "value",
-        "source", "target", "bytes", "readers"}}], "islands": [{"block", "nodes", "operators", "why"}], "breaks":
-        [{"reason", "line"}]}], "selection"}``. The attributes of :class:`Report` and of the
+        "source", "target", "bytes", "readers"}}], "islands": [{"block", "nodes",
+        "operators", "why"}], "breaks": [{"reason", "line"}]}], "selection"}``. The attributes of :class:`Report` and of the
         classes in :mod:`mpgraph.report_records` say what each is. A later mpgraph may add keys;
         one that changes their meaning has another ``schema``.
         """
