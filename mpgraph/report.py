@@ -175,9 +175,11 @@ class Report:
         "cast_bytes"}], "nodes": [{"name", "operator", "module", "takes", "gives", "runs_in",
         "rule", "reason", "source", "line", "region", "body", "cast": {"kind", "value",
         "source", "target", "bytes", "readers"}}], "islands": [{"block", "nodes",
-        "operators", "why"}], "breaks": [{"reason", "line"}]}], "selection"}``. The attributes of :class:`Report` and of the
-        classes in :mod:`mpgraph.report_records` say what each is. A later mpgraph may add keys;
-        one that changes their meaning has another ``schema``.
+        "operators", "why"}], "breaks": [{"reason", "line"}]}], "selection"}``.
+
+        The attributes of :class:`Report` and of the classes in :mod:`mpgraph.report_records` say
+        what each is. A later mpgraph may add keys; one that changes their meaning has another
+        ``schema``.
         """
         values = {"schema": SCHEMA, "model": self.model, "precision": self.precision}
         graphs = [to_plain(graph) for graph in self.graphs]
