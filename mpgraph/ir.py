@@ -16,8 +16,10 @@ The intermediate form is the pre-dispatch ("training IR") ATen graph of ``torch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -125,11 +127,15 @@ def running_statistics(node: fx.Node) -> list[fx.Node]:
     """
     if not is_operator(node):
         return []
-    named = zip(cast(OpOverload, node.target)._schema.arguments, node.args, strict=False)
-    return [a for s, a in named if s.name in _STATISTICS and isinstance(a, fx.Node)]
+    positions = _statistics_positions(cast(OpOverload, node.target))
+    arguments = [node.args[i] for i in positions if i < len(node.args)]
+    return [argument for argument in arguments if isinstance(argument, fx.Node)]
 
 
-_STATISTICS = frozenset({"running_mean", "running_var"})
+@functools.cache
+def _statistics_positions(target: OpOverload) -> tuple[int, ...]:
+    names = [argument.name for argument in target._schema.arguments]
+    return tuple(i for i, name in enumerate(names) if name in ("running_mean", "running_var"))
 
 
 def is_operator(node: fx.Node) -> bool:
@@ -181,7 +187,12 @@ def is_lossless(source: torch.dtype, target: torch.dtype) -> bool:
 
 def is_mutating(node: fx.Node) -> bool:
     """Whether the operator writes to one of its arguments."""
-    return is_operator(node) and cast(OpOverload, node.target)._schema.is_mutable
+    return is_operator(node) and _is_mutable(cast(OpOverload, node.target))
+
+
+@functools.cache
+def _is_mutable(target: OpOverload) -> bool:
+    return bool(target._schema.is_mutable)
 
 
 def is_random(node: fx.Node) -> bool:
@@ -239,11 +250,31 @@ def cast_meta(source: fx.Node, dtype: torch.dtype, user: fx.Node) -> dict[str, A
 
 
 def retype(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A fake tensor like ``value`` with another dtype."""
+    """A fake tensor like ``value`` with another dtype.
+
+    Values are only looked at, so equal ones are one object: making a fake tensor costs more than
+    all else that a pass does to a node.
+    """
     if value.dtype is dtype:
         return value
-    with torch.no_grad():
-        return value.to(dtype)
+    made = _retyped.setdefault(getattr(value, "fake_mode", None) or _NO_MODE, {})
+    key = (dtype, value.device, _expressions(value.shape), _expressions(value.stride()))
+    if key not in made:
+        with torch.no_grad():
+            made[key] = value.to(dtype)
+    return made[key]
+
+
+class _NoMode:
+    """Stands in for the fake mode of a real tensor."""
+
+
+_NO_MODE = _NoMode()
+_retyped: weakref.WeakKeyDictionary[Any, dict[Any, torch.Tensor]] = weakref.WeakKeyDictionary()
+
+
+def _expressions(sizes: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple([size if isinstance(size, int) else size.node.expr for size in sizes])
 
 
 def call_graphs(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:

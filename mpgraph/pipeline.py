@@ -112,13 +112,15 @@ def run_passes(
     Raises:
         VerificationError: A pass failed on a legal graph, or broke a promise (checked in tests).
     """
-    reports = []
+    reports: list[PassReport] = []
+    casts = list(count_casts(gm))
     for graph_pass in passes:
         with _held_to_its_word(gm, graph_pass, context):
             edits = _run_pass(gm, graph_pass, context)
         if checks:
             _check_claim(graph_pass, edits)
-        casts = list(count_casts(gm))
+        if edits:
+            casts = list(count_casts(gm))
         reports.append(
             PassReport(graph_pass.name, graph_pass.numerics, edits, len(casts), sum(casts))
         )

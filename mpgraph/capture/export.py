@@ -305,6 +305,7 @@ def _annotate(gm: fx.GraphModule, slots: list[Slot], call: Call) -> None:
     for node, slot in zip(gm.graph.find_nodes(op="placeholder"), slots, strict=True):
         name = f"{_PREFIX[slot.kind]}{slot.target}"
         node._rename(re.sub(r"\W", "_", name))
+        node.target = node.name
         node.meta["slot"] = slot
         node.meta["leaf"] = slot.kind == "parameter" or (
             slot.kind == "input" and is_trainable_leaf(call.leaves[slot.index])
