@@ -27,6 +27,7 @@ from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 
 from mpgraph.op_table import Rule
+from mpgraph.places import is_users
 
 CAST: OpOverload = torch.ops.aten.to.dtype
 SET_GRAD: Callable[..., Any] = torch._C._set_grad_enabled
@@ -320,10 +321,10 @@ def _operands(node: fx.Node) -> tuple[Any, ...] | None:
 def source_line(node: fx.Node) -> str:
     """``file.py:12: code`` of the user's line that recorded the node; "" if unknown.
 
-    The innermost frame outside torch itself: the user's model rather than torch.nn.
+    The innermost frame outside torch and mpgraph, or, for a model made of torch.nn alone, of all.
     """
     frames = _frames(str(node.meta.get("stack_trace") or ""))
-    user = [f for f in frames if "/torch/" not in f[0]] or frames
+    user = [frame for frame in frames if is_users(frame[0])] or frames
     if not user:
         return ""
     path, line, code = user[-1]

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.autograd.function import _SingleLevelFunction
 
+from mpgraph.places import is_users
+
 
 class NeedsDynamo(BaseException):
     """Export cannot carry this model faithfully; says why and where.
@@ -35,9 +37,8 @@ class NeedsDynamo(BaseException):
 def user_line() -> str:
     """The innermost frame of the call stack that is neither torch's nor mpgraph's."""
     for frame in reversed(traceback.extract_stack()):
-        name = frame.filename
-        if "/torch/" not in name and "/mpgraph/" not in name and not name.startswith("<"):
-            return f"{name}:{frame.lineno}: {frame.line}"
+        if is_users(frame.filename):
+            return f"{frame.filename}:{frame.lineno}: {frame.line}"
     return ""
 
 
