@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from mpgraph.errors import PolicyError as PolicyError
     from mpgraph.errors import PrecisionError as PrecisionError
     from mpgraph.errors import VerificationError as VerificationError
+    from mpgraph.graph_text import text as text
     from mpgraph.policy import Override as Override
     from mpgraph.policy import Policy as Policy
     from mpgraph.report import explain as explain
-    from mpgraph.graph_text import text as text
 
 __all__ = ["__version__", *_HOMES]
 

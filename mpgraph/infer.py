@@ -131,4 +131,3 @@ def _with_dtypes(value: Any, dtypes: list[torch.dtype | None]) -> Any:
         for leaf, dtype in zip(leaves, dtypes, strict=True)
     ]
     return pytree.tree_unflatten(changed, spec)
-

@@ -381,7 +381,7 @@ def storage_of(node: fx.Node) -> int | None:
 def _written_arguments(node: fx.Node) -> Iterator[fx.Node]:
     yield from running_statistics(node)
     if is_higher_order(node):
-        yield from node.all_input_nodes
+        yield from _written_operands(node)
     if not is_mutating(node):
         return
     schema = cast(OpOverload, node.target)._schema
@@ -391,6 +391,15 @@ def _written_arguments(node: fx.Node) -> Iterator[fx.Node]:
         value = values.get(argument.name)
         if argument.alias_info is not None and argument.alias_info.is_write:
             yield from _nodes_in(value)
+
+
+def _written_operands(node: fx.Node) -> Iterator[fx.Node]:
+    """What the bodies of a higher-order node write to: anything, unless meta["written"] says."""
+    positions = node.meta.get("written")
+    if positions is None:
+        yield from node.all_input_nodes
+    else:
+        yield from _nodes_in([node.args[position] for position in positions])
 
 
 def _nodes_in(value: Any) -> Iterator[fx.Node]:

@@ -11,7 +11,7 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -67,6 +67,16 @@ class Specialisation:
         """The rewritten graph."""
         return self.captured.graph_module
 
+    def accepts(self, leaves: Sequence[Any]) -> bool:
+        """Whether the graph holds for these arguments' sizes."""
+        return self.captured.accepts(leaves)
+
+    def run_call(
+        self, model: nn.Module, leaves: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run one call, given taken apart and whole: this engine needs the former."""
+        return self(leaves)
+
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run the graph on the flattened arguments; give the model's result."""
         try:
@@ -87,18 +97,24 @@ class MixedPrecision:
         original = state_of(self).original
         return _rebuild, (original,), dict(vars(self))
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        nn.Module.__setstate__(self, state)  # type: ignore[arg-type]
-
 
 def _rebuild(original: type[nn.Module]) -> Any:
     cls = converted_class(original)
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
-@functools.cache
 def converted_class(original: type[nn.Module]) -> type[Any]:
-    """A subclass of ``original`` whose ``forward`` runs the rewritten graph."""
+    """A subclass of ``original`` whose ``forward`` runs the rewritten graph; one per class."""
+    # Kept on the class itself, to go with it: every fx.GraphModule has a class of its own.
+    if _CLASS not in vars(original):
+        setattr(original, _CLASS, _make_class(original))
+    return cast("type[Any]", vars(original)[_CLASS])
+
+
+_CLASS = "_mpgraph_converted_class"
+
+
+def _make_class(original: type[nn.Module]) -> type[Any]:
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -139,6 +155,7 @@ class State:
         self._tree: _Tree | None = None
         self._signature: _Signature | None = None
         self._said: set[str] = set()
+        self.dynamo: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs are captured again after copying or loading: they point into one module."""
@@ -168,8 +185,10 @@ class State:
         leaves, spec = flatten(arguments)
         entry = self._find(model, leaves, spec)
         if torch.is_autocast_enabled(self.settings.device):
-            return self._run_without_autocast(entry, leaves)
-        return entry(leaves)
+            self._say_autocast()
+            with torch.autocast(self.settings.device, enabled=False):
+                return entry.run_call(model, leaves, args, kwargs)
+        return entry.run_call(model, leaves, args, kwargs)
 
     def capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Capture the graph for a call without running it."""
@@ -186,6 +205,7 @@ class State:
     def _find(self, model: nn.Module, leaves: list[Any], spec: Spec) -> Any:
         if self._tree is None or not self._tree.is_current():
             self._by_key.clear()
+            self.dynamo = None
             self._tree = _Tree(model)
         self._tree.check_dtypes(self.settings)
         key = (
@@ -198,7 +218,7 @@ class State:
         if entries is None:
             entries = self._by_key[key] = []
         for entry in entries:
-            if entry.captured.accepts(leaves):
+            if entry.accepts(leaves):
                 return entry
         return self._capture(model, leaves, spec, entries)
 
@@ -224,13 +244,11 @@ class State:
                 "(mpgraph.explain lists them); every new kind costs a capture."
             )
 
-    def _run_without_autocast(self, entry: Any, leaves: list[Any]) -> Any:
+    def _say_autocast(self) -> None:
         self.say(
             "a torch.autocast region around a converted model changes nothing inside it; the "
             "model's own precision holds. You can remove the region."
         )
-        with torch.autocast(self.settings.device, enabled=False):
-            return entry(leaves)
 
     def say(self, message: str) -> None:
         """Warn once per module."""
@@ -299,7 +317,8 @@ class _Signature:
         return (), {
             name: merged[name]
             for name in (*self.names, *merged)
-            if name in merged and not (name in defaults and _is_default(merged[name], defaults[name]))
+            if name in merged
+            and not (name in defaults and _is_default(merged[name], defaults[name]))
         }
 
     def _is_complete(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -458,9 +477,10 @@ def _weight(
     leaves: Sequence[Any],
     table: dict[str, Any],
     name: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     copies: WeightCopies,
 ) -> Any:
+    assert dtype is not None
     return copies.get(table[name], dtype)
 
 

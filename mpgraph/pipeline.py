@@ -13,8 +13,8 @@ from torch import fx
 
 from mpgraph import ir
 from mpgraph.errors import MPGraphError, VerificationError
-from mpgraph.policy import Policy
 from mpgraph.graph_text import format_graph
+from mpgraph.policy import Policy
 
 Numerics = Literal["exact", "rounds"]
 
@@ -189,7 +189,8 @@ def cast_bytes(node: fx.Node) -> int:
 
 def element_count(value: torch.Tensor) -> int:
     """The number of elements, at the sizes of the captured call."""
-    return math.prod(size if isinstance(size, int) else _hint(size) for size in value.shape)
+    sizes: list[int] = [size if isinstance(size, int) else _hint(size) for size in value.shape]
+    return int(math.prod(sizes))
 
 
 def _hint(size: Any) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import logging
 import warnings
+from typing import Any
 
 import torch
 
@@ -79,7 +80,7 @@ def _automatic(device: str) -> str:
 
 
 def _cpu_has_bf16() -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     names = ("avx512_bf16", "amx_bf16", "amx_tile", "bf16", "sve_bf16", "arm_bf16")
     if any(capabilities.get(name) for name in names):
         return True

@@ -96,4 +96,6 @@ def _names(dtypes: list[torch.dtype]) -> str:
 def _message(node: fx.Node, problem: str, after: str) -> str:
     place = f"after pass {after!r}: " if after else ""
     line = ir.source_line(node)
-    return f"{place}node %{node.name} ({node.target}) {problem}." + (f"\n  from: {line}" if line else "")
+    return f"{place}node %{node.name} ({node.target}) {problem}." + (
+        f"\n  from: {line}" if line else ""
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -38,7 +38,7 @@ class WeightCopies:
         kept = self._copies.get(key)
         if kept is not None and kept[0] is parameter and kept[1] == state:
             if torch.equal(_sample(parameter), kept[3]):
-                return kept[2]
+                return cast(torch.Tensor, kept[2])
         copy = parameter.to(dtype)
         self._copies[key] = (parameter, state, copy, _sample(parameter).clone())
         return copy

@@ -60,7 +60,7 @@ class _Assigner:
             self._assign_operator(node)
         elif ir.is_getitem(node):
             source, index = node.args
-            node.meta["val"] = source.meta["val"][index]  # type: ignore[union-attr,index]
+            node.meta["val"] = source.meta["val"][index]  # type: ignore[union-attr]
         elif ir.is_higher_order(node):
             return self._assign_bodies(graph, node) + int(before[0] != node.meta["decision"])
         else:
@@ -86,9 +86,9 @@ class _Assigner:
         except RuntimeError:
             # Some operators take one dtype only (index_put, scatter), and the policy has
             # widened one of their inputs, but not another.
-            if (decision := _one_dtype(node, decision)) is None:
+            if (harmonised := _one_dtype(node, decision)) is None:
                 raise
-            value = self._value(node, decision)
+            decision, value = harmonised, self._value(node, harmonised)
         node.meta["decision"], node.meta["val"] = decision, value
 
     def _decide(self, node: fx.Node) -> ir.Decision:
@@ -106,7 +106,9 @@ class _Assigner:
         try:
             return self.context.policy.choose(name, ir.module_path(node), node.name)
         except PolicyError as error:
-            raise PolicyError(f"{error}\n  node: {node.name}, from {ir.source_line(node)}") from None
+            raise PolicyError(
+                f"{error}\n  node: {node.name}, from {ir.source_line(node)}"
+            ) from None
 
     def _value(self, node: fx.Node, decision: ir.Decision) -> Any:
         captured = node.meta["captured"]
@@ -153,9 +155,7 @@ def _dtypes(value: Any) -> tuple[torch.dtype, ...]:
 
 
 def _decision(node: fx.Node, choice: RuleChoice, compute: torch.dtype | None) -> ir.Decision:
-    decide = functools.partial(
-        ir.Decision, choice.rule, reason=choice.reason, source=choice.source
-    )
+    decide = functools.partial(ir.Decision, choice.rule, reason=choice.reason, source=choice.source)
     inputs = _eligible_dtypes(node)
     lowered = ir.LONG_NAMES[choice.dtype] if choice.dtype else compute
     dtype = _run_dtype(choice.rule, lowered, inputs)

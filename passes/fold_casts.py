@@ -15,20 +15,25 @@ def fold_casts(graph: fx.Graph, context: PassContext) -> int:
     ``fp32 -> bf16 -> fp32`` stays: its inner cast rounds, and that rounding is what the policy
     (or the model) asked for. The outer cast must be one that mpgraph inserted: a cast that the
     model wrote may be there for the copy that it makes. ``b`` must hold every value of both ends,
-    and have no other use: gradients that met in ``b`` would meet in a narrower dtype.
+    and have no other use: gradients that met in ``b`` would meet in a narrower dtype. Where
+    torch.autocast's gradients are to be kept to the bit, ``x`` may have no other use either: its
+    gradients would be added in another order.
     """
+    ordered = ir.differentiable(graph, context.grad) if context.strict else set()
     edits = 0
     for outer in list(graph.nodes):
         if ir.is_cast(outer) and ir.is_inserted(outer) and ir.is_cast(ir.cast_source(outer)):
-            edits += _fold(graph, outer)
+            edits += _fold(graph, outer, ordered)
     return edits
 
 
-def _fold(graph: fx.Graph, outer: fx.Node) -> int:
+def _fold(graph: fx.Graph, outer: fx.Node, ordered: set[fx.Node]) -> int:
     inner = ir.cast_source(outer)
     source = ir.cast_source(inner)
     start, middle, end = ir.dtype_of(source), ir.cast_target(inner), ir.cast_target(outer)
     if start is None or len(inner.users) > 1:
+        return 0
+    if source in ordered and len(source.users) > 1:
         return 0
     if not (ir.is_lossless(start, middle) and ir.is_lossless(end, middle)):
         return 0

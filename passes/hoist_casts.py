@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import fx
 
@@ -17,7 +20,8 @@ def hoist_casts(graph: fx.Graph, context: PassContext) -> int:
 
     A class token in float32 joined to 16-bit patches, only to be lowered again for the next
     matrix product, is joined in 16 bit at once. Joining moves values and changes none, forward
-    and backward, so every bit stays. Not moved: a cast of a join that something else reads.
+    and backward, so every bit stays. Not moved: a cast of a join that something else reads, and
+    one of a join that reads a value twice, whose gradients would be added in another order.
     """
     edits = 0
     for node in list(graph.nodes):
@@ -27,27 +31,35 @@ def hoist_casts(graph: fx.Graph, context: PassContext) -> int:
     return edits
 
 
-def _is_worth_it(cast: fx.Node) -> bool:
-    join = ir.cast_source(cast)
+def _is_worth_it(outer: fx.Node) -> bool:
+    join = ir.cast_source(outer)
     if join.target not in _JOIN or len(join.users) != 1:
         return False
-    return any(_came_from(part, ir.cast_target(cast)) for part in join.args[0])  # type: ignore[union-attr]
+    parts, dtype = _parts(join), ir.cast_target(outer)
+    sources = [ir.cast_source(part) if _came_from(part, dtype) else part for part in parts]
+    if len(set(sources)) < len(sources) or not all(ir.is_eligible(p) for p in parts):
+        return False
+    return sources != parts
+
+
+def _parts(join: fx.Node) -> list[fx.Node]:
+    return list(cast("Sequence[fx.Node]", join.args[0]))
 
 
 def _came_from(part: fx.Node, dtype: torch.dtype) -> bool:
     return ir.is_cast(part) and ir.is_inserted(part) and ir.dtype_of(ir.cast_source(part)) is dtype
 
 
-def _hoist(graph: fx.Graph, cast: fx.Node) -> None:
-    join, dtype = ir.cast_source(cast), ir.cast_target(cast)
+def _hoist(graph: fx.Graph, outer: fx.Node) -> None:
+    join, dtype = ir.cast_source(outer), ir.cast_target(outer)
     parts = []
-    for part in join.args[0]:  # type: ignore[union-attr]
+    for part in _parts(join):
         if _came_from(part, dtype):
             parts.append(ir.cast_source(part))
         else:
             parts.append(ir.add_cast(graph, part, dtype, before=join))
     join.update_arg(0, parts)
-    join.meta["val"] = cast.meta["val"]
+    join.meta["val"] = outer.meta["val"]
     join.meta["decision"] = ir.with_dtype(join.meta["decision"], dtype)
-    cast.replace_all_uses_with(join)
-    graph.erase_node(cast)
+    outer.replace_all_uses_with(join)
+    graph.erase_node(outer)

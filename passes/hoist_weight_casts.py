@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 from torch import fx
+from torch._C import DispatchKey
+from torch._ops import OpOverload
 
 from mpgraph import ir
 from mpgraph.pipeline import PassContext, graph_pass
@@ -16,7 +19,7 @@ def hoist_weight_casts(graph: fx.Graph, context: PassContext) -> int:
 
     The caller makes the 16-bit copy, with its way back to the parameter, and keeps it while the
     parameter is unchanged. Not hoisted: a parameter that the graph writes to, a cast inside
-    ``no_grad``, and one of three or more ways back to the same parameter, whose gradients would
+    ``no_grad``, and one of three or more ways back to the same parameter whose gradients would
     be added in another order.
     """
     writes = ir.Writes(graph)
@@ -26,10 +29,32 @@ def hoist_weight_casts(graph: fx.Graph, context: PassContext) -> int:
         if slot is None or slot.kind != "parameter" or writes.anywhere(source):
             continue
         casts = [u for u in source.users if ir.is_cast(u) and ir.is_inserted(u)]
-        if len(casts) == 1 and len(source.users) <= 2 and _same_grad(casts[0], context):
+        if len(casts) == 1 and _keeps_order(casts[0]) and _same_grad(casts[0], context):
             _hoist(graph, source, casts[0])
             edits += 1
     return edits
+
+
+def _keeps_order(copy: fx.Node) -> bool:
+    """Whether the gradients of the parameter add up as before.
+
+    Autograd adds them in reverse order of use, and the copy is made before every use.
+    """
+    others = [user for user in ir.cast_source(copy).users if user is not copy]
+    if not any(user < copy for user in others):
+        return True
+    return len(others) == 1 and _reads_once(others[0], ir.cast_source(copy))
+
+
+def _reads_once(node: fx.Node, source: fx.Node) -> bool:
+    read: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), lambda n: read.append(n) or n)  # type: ignore[func-returns-value]
+    return read.count(source) == 1 and ir.is_operator(node) and not _is_composite(node)
+
+
+def _is_composite(node: fx.Node) -> bool:
+    target = cast(OpOverload, node.target)
+    return target.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
 
 
 def _same_grad(node: fx.Node, context: PassContext) -> bool:

@@ -13,7 +13,6 @@ _aten = torch.ops.aten
 _PICK = frozenset({_aten.slice.Tensor, _aten.select.int, _aten.narrow.default})
 # These may pick a value more than once, and then add up its gradients.
 _GATHER = frozenset({_aten.embedding.default, _aten.index_select.default, _aten.gather.default})
-_TABLE = {target: 0 for target in _PICK | _GATHER}
 
 
 @graph_pass(numerics="exact")
@@ -35,7 +34,7 @@ def sink_casts(graph: fx.Graph, context: PassContext) -> int:
 
 
 def _is_worth_it(node: fx.Node) -> bool:
-    cast = node.args[_TABLE[node.target]]
+    cast = node.args[0]
     if not isinstance(cast, fx.Node) or not ir.is_cast(cast) or not ir.is_inserted(cast):
         return False
     only_use = len(cast.users) == 1
@@ -43,16 +42,16 @@ def _is_worth_it(node: fx.Node) -> bool:
 
 
 def _sink(graph: fx.Graph, node: fx.Node) -> None:
-    position = _TABLE[node.target]
-    cast = node.args[position]
+    cast = node.args[0]
     assert isinstance(cast, fx.Node)
     source = ir.cast_source(cast)
-    node.update_arg(position, source)
+    node.update_arg(0, source)
     narrow = ir.cast_target(cast)
     node.meta["val"] = ir.retype(node.meta["val"], source.meta["val"].dtype)
-    node.meta["decision"] = ir.without_dtype(node.meta["decision"], "cast after the values are picked")
+    node.meta["decision"] = ir.without_dtype(node.meta["decision"], "cast after the lookup")
     users = list(node.users)
     moved = ir.add_cast(graph, node, narrow, before=node.next)
+    moved.meta = ir.cast_meta(node, narrow, node)
     for user in users:
         user.replace_input_with(node, moved)
     graph.erase_node(cast)

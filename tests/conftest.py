@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import fx
+
 from mpgraph import pipeline
 from mpgraph.verify import verify
-from torch import fx
 
 GOLDEN = Path(__file__).parent / "golden"
 # Passes up to this one may leave decisions that are not yet true.

@@ -11,12 +11,13 @@ import warnings
 from collections import OrderedDict
 from typing import Any
 
-import mpgraph
 import pytest
 import torch
 import torch.nn.functional as F
-from mpgraph.module import MixedPrecision, state_of
 from torch import Tensor, nn
+
+import mpgraph
+from mpgraph.module import MixedPrecision, state_of
 
 BF16 = torch.bfloat16
 
@@ -435,7 +436,7 @@ def test_a_model_cast_to_16_bit_after_conversion_is_refused():
     converted = mpgraph.convert(Net(), "bf16")
     converted(torch.randn(4, 8))
     converted.to(BF16)
-    with pytest.raises(mpgraph.PrecisionError, match="'inner.weight' is now bf16"):
+    with pytest.raises(mpgraph.PrecisionError, match=r"'inner\.weight' is now bf16"):
         converted(torch.randn(4, 8))
 
 

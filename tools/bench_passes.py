@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, fx, nn
+
 from mpgraph.capture.export import Call, capture_export
 from mpgraph.passes import DEFAULT_PASSES
 from mpgraph.pipeline import PassContext, run_passes
 from mpgraph.policy import Policy
 from mpgraph.structure import flatten
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from torch import Tensor, fx, nn
 
 
 class Block(nn.Module):

@@ -46,8 +46,8 @@ class Assignment:
 class Captured:
     """One call of a model as a graph.
 
-    ``graph_module`` takes one value per placeholder, whose ``meta["slot"]`` says which, and returns a flat tuple: the leaves of
-    the model's result, then the leaves of every assignment.
+    ``graph_module`` takes one value per placeholder, whose ``meta["slot"]`` says which, and
+    returns a flat tuple: the leaves of the model's result, then those of every assignment.
     """
 
     graph_module: fx.GraphModule

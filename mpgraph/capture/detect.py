@@ -83,11 +83,8 @@ def _watch_functions() -> Iterator[None]:
             user_line(),
         )
 
-    _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[assignment]
-    try:
+    with _replaced(_SingleLevelFunction, "apply", classmethod(apply)):
         yield
-    finally:
-        del _SingleLevelFunction.apply
 
 
 @contextlib.contextmanager

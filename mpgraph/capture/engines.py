@@ -12,7 +12,10 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from mpgraph import ir
 from mpgraph.capture.captured import Captured
 from mpgraph.capture.detect import NeedsDynamo
+from mpgraph.capture.breaks import refusal
+from mpgraph.capture.dynamo import DynamoEntry, is_carried, make_entry
 from mpgraph.capture.export import Call, capture_export
+from mpgraph.capture.undo import undone_on_failure
 from mpgraph.errors import MPGraphError
 from mpgraph.module import Specialisation, State, capturing, make_specialisation
 from mpgraph.passes import DEFAULT_PASSES
@@ -23,7 +26,7 @@ from mpgraph.structure import Spec, leaf_names
 
 def capture_call(
     state: State, model: nn.Module, leaves: list[Any], spec: Spec, earlier: list[Any]
-) -> Specialisation:
+) -> Specialisation | DynamoEntry:
     """Capture one call, rewrite the graph, and make it ready to run.
 
     Raises:
@@ -31,10 +34,19 @@ def capture_call(
     """
     context = _context(state)
     names = _names(spec)
-    captured, reports = _capture_export(state, model, leaves, spec, names, earlier, context)
-    check_overrides(state, captured.graph_module)
     label = _label(model, leaves, names)
     shapes = [leaf.shape for leaf in leaves]
+    if state.settings.capture == "dynamo" or is_carried(state, model):
+        return make_entry(state, model, context, label, shapes)
+    try:
+        captured, reports = _capture_export(state, model, leaves, spec, names, earlier, context)
+    except MPGraphError:
+        raise
+    except (NeedsDynamo, Exception) as error:
+        if state.settings.capture == "export":
+            raise refusal(error) from error
+        return make_entry(state, model, context, label, shapes, error)
+    check_overrides(state, captured.graph_module)
     return make_specialisation(model, state, captured, reports, context, label, shapes)
 
 
@@ -109,7 +121,8 @@ def _capture_export(
             if isinstance(failure, GuardOnDataDependentSymNode) and not call.says_compiling:
                 continue  # a value, not a size, is what the model needs to know
             try:
-                captured = capture_export(model, forward, call, context.autocast())
+                with undone_on_failure(model):
+                    captured = capture_export(model, forward, call, context.autocast())
                 return captured, run_passes(captured.graph_module, DEFAULT_PASSES, context)
             except (NeedsDynamo, MPGraphError):
                 raise

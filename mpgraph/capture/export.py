@@ -27,7 +27,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from mpgraph import ir
 from mpgraph.capture.captured import Assignment, Captured, Slot
 from mpgraph.capture.detect import NeedsDynamo, watch
-from mpgraph.structure import Spec, flatten, leaf_names, opaque_values, unflatten
+from mpgraph.structure import Spec, flatten, opaque_values, unflatten
 
 Forward = Callable[..., Any]
 _MISSING = object()

@@ -21,8 +21,10 @@ from mpgraph import ir
 _higher_order = torch.ops.higher_order
 FUNCTION = _higher_order.autograd_function_apply
 CHECKPOINT = _higher_order.tag_activation_checkpoint
-# Newer releases trace tensor hooks; older ones break the graph at them.
-HOOK = getattr(_higher_order, "register_hook", None)
+try:
+    from torch._higher_order_ops.register_hook import register_hook_op as HOOK
+except ImportError:  # older releases break the graph at a tensor hook
+    HOOK = None  # type: ignore[assignment]
 _CHECKPOINT_OPTIONS = frozenset(
     {"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop"}
 )
@@ -46,7 +48,9 @@ class Body(nn.Module):
         return self.graph_module(*args)
 
 
-class _Kept(HigherOrderOperator):
+class Kept(HigherOrderOperator):
+    """An operator that runs a body; autograd sees what the body does."""
+
     def __init__(self, name: str, run: Callable[..., Any]) -> None:
         super().__init__(f"mpgraph_{name}")
         self._run = run
@@ -87,10 +91,10 @@ def _run_under_autocast(
         return body(*args)
 
 
-KEPT_FUNCTION = _Kept("function", _run_function)
-KEPT_CHECKPOINT = _Kept("checkpoint", run_checkpoint)
-KEPT_HOOK = _Kept("hook", _run_hook)
-UNDER_AUTOCAST = _Kept("under_autocast", _run_under_autocast)
+KEPT_FUNCTION = Kept("function", _run_function)
+KEPT_CHECKPOINT = Kept("checkpoint", run_checkpoint)
+KEPT_HOOK = Kept("hook", _run_hook)
+UNDER_AUTOCAST = Kept("under_autocast", _run_under_autocast)
 
 
 def bodies(node: fx.Node, gm: fx.GraphModule) -> Mapping[int, fx.GraphModule]:
@@ -102,6 +106,14 @@ def bodies(node: fx.Node, gm: fx.GraphModule) -> Mapping[int, fx.GraphModule]:
             if isinstance(value, (fx.GraphModule, Body)):
                 found[index] = value.graph_module if isinstance(value, Body) else value
     return found
+
+
+def written_positions(node: fx.Node, body: fx.GraphModule) -> tuple[int, ...]:
+    """Which arguments of a kept node its body writes to; the last arguments are the body's."""
+    writes = ir.Writes(body.graph)
+    placeholders = body.graph.find_nodes(op="placeholder")
+    first = len(node.args) - len(placeholders)
+    return tuple(first + i for i, p in enumerate(placeholders) if writes.anywhere(p))
 
 
 def repair_checkpoints(gm: fx.GraphModule) -> None:

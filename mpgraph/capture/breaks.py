@@ -1,0 +1,149 @@
+"""What Dynamo left to Python, and what went wrong, in words and with the user's line."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import traceback
+from collections import Counter
+from collections.abc import Iterable
+
+from torch._dynamo import exc
+from torch._dynamo.utils import counters, graph_break_reasons
+
+from mpgraph.capture.detect import NeedsDynamo
+from mpgraph.errors import CaptureError, MPGraphError, VerificationError
+
+
+@dataclasses.dataclass(frozen=True)
+class Break:
+    """A place where the model runs in eager mode under ``torch.autocast``.
+
+    Attributes:
+        reason: What Dynamo, or mpgraph, could not carry.
+        line: ``file.py:12: code`` of the user's line; "" if unknown.
+    """
+
+    reason: str
+    line: str
+
+
+class Watch:
+    """Collects the breaks that Dynamo reports from one moment to the next."""
+
+    def __init__(self) -> None:
+        self._seen = len(graph_break_reasons)
+        self._counted = Counter(counters["graph_break"])
+
+    def new(self) -> list[Break]:
+        """What has been reported since the last time."""
+        fresh = graph_break_reasons[self._seen :]
+        counted = Counter(counters["graph_break"]) - self._counted
+        self._seen, self._counted = len(graph_break_reasons), Counter(counters["graph_break"])
+        found = [Break(_summary(r.reason), line_of(r.user_stack)) for r in fresh]
+        # Frames that Dynamo gives up on as a whole are counted, but give no stack.
+        told = {b.reason for b in found}
+        skipped = [Break(_summary(text), _line_in(text)) for text in counted]
+        return found + [b for b in skipped if b.reason not in told]
+
+
+def _summary(text: str) -> str:
+    """The first two lines of Dynamo's own account: what, and why."""
+    lines = [line.strip() for line in str(text).strip().splitlines() if line.strip()]
+    why = next((x.removeprefix("Explanation: ") for x in lines if x.startswith("Explanation: ")), "")
+    return f"{lines[0]}: {why}" if lines and why else (lines[0] if lines else "unknown")
+
+
+def line_of(frames: Iterable[traceback.FrameSummary]) -> str:
+    """The innermost line that is neither torch's nor mpgraph's."""
+    mine = [f for f in frames if is_users(f.filename)]
+    return f"{_short(mine[-1].filename)}:{mine[-1].lineno}: {mine[-1].line}" if mine else ""
+
+
+def is_users(filename: str) -> bool:
+    """Whether a file is the user's own: not torch's, not mpgraph's, not generated."""
+    return (
+        "/torch/" not in filename and "/mpgraph/" not in filename and not filename.startswith("<")
+    )
+
+
+def _short(filename: str) -> str:
+    return filename.rsplit("/", 1)[-1]
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)(?:, in [^\n]*\n\s*|, in \S+, code: )([^\n]+)')
+
+
+def _line_in(text: str) -> str:
+    found = [f for f in _FRAME.findall(text) if is_users(f[0])]
+    if not found:
+        return ""
+    path, line, code = found[-1]
+    return f"{_short(path)}:{line}: {code}"
+
+
+def line_of_error(error: BaseException) -> str:
+    """The user's line that an error comes from: from its traceback, or Dynamo's account of it."""
+    return line_of(traceback.extract_tb(error.__traceback__)) or _line_in(str(error))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+_GOT = re.compile(r"got (\w+)\((['\"])(.*)\2\)", re.DOTALL)
+_WAY_OUT = (
+    "Put what cannot be traced into a function decorated with @torch.compiler.disable: it then "
+    "runs in eager mode under torch.autocast, its gradients included."
+)
+
+
+def explain_failure(error: Exception, before: str = "") -> Exception:
+    """The error to raise instead of one that came out of a call through Dynamo.
+
+    What the model itself raised in Python comes back as it is. ``before`` says why the export
+    engine did not carry the call.
+    """
+    if isinstance(error, exc.BackendCompilerFailed):
+        inner = error.inner_exception
+        if isinstance(inner, MPGraphError):
+            return inner
+        return VerificationError(f"a graph from Dynamo could not be rewritten: {first_line(inner)}")
+    if not isinstance(error, exc.TorchDynamoException):
+        return error
+    return CaptureError("\n".join(filter(None, [*_account(error), before])))
+
+
+def describe(error: BaseException) -> tuple[str, str]:
+    """Why the export engine failed, and the user's line."""
+    if isinstance(error, NeedsDynamo):
+        return error.reason, error.where
+    return first_line(error), line_of_error(error)
+
+
+def refusal(error: BaseException) -> CaptureError:
+    """The error of ``capture="export"``."""
+    reason, line = describe(error)
+    where = f"\n  from: {line}" if line else ""
+    return CaptureError(
+        f"the export engine cannot carry this call: {reason}{where}\n"
+        "Use capture='auto' or capture='dynamo' in mpgraph.convert: Dynamo keeps what a single "
+        "graph cannot hold."
+    )
+
+
+def _account(error: Exception) -> list[str]:
+    where = f"  from: {line}" if (line := line_of_error(error)) else ""
+    if isinstance(error, exc.FailOnRecompileLimitHit):
+        text = str(error.__cause__ or error)
+        return [
+            "this model was compiled too often for one of its functions: " + _summary(text),
+            where,
+            "Pad inputs to fewer shapes, pass changing numbers as tensors, or raise max_graphs in "
+            "mpgraph.convert.",
+        ]
+    if isinstance(error, exc.TorchRuntimeError) and (got := _GOT.search(str(error))):
+        return [f"the model's own forward fails: {got[1]}: {got[3]}", where]
+    return [f"Dynamo cannot carry this model: {_summary(str(error))}", where, _WAY_OUT]

@@ -1,0 +1,822 @@
+"""The Dynamo engine against eager ``torch.autocast``, bit for bit, where export cannot go."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mpgraph
+import pytest
+import torch
+import torch.nn.functional as F
+from mpgraph import CaptureError
+from mpgraph.module import state_of
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+np = pytest.importorskip("numpy")
+BATCHES = (4, 4, 6, 3)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def seed(number: int = 0) -> None:
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number)
+
+
+class Run:
+    """What a few training steps gave: everything that autocast could have made otherwise."""
+
+    def __init__(self, model: nn.Module, call: Callable[[Any], Any], batches: Any) -> None:
+        self.steps: list[dict[str, Any]] = []
+        seed(1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+        for x in batches:
+            x = x.clone().requires_grad_()
+            optimizer.zero_grad()
+            loss = call(x)
+            loss.backward()
+            found: dict[str, Any] = {"loss": loss.detach(), "input": x.grad}
+            found |= {f"grad {n}": _copied(p.grad) for n, p in model.named_parameters()}
+            found |= {f"buffer {n}": b.clone() for n, b in model.named_buffers()}
+            found["random"] = (torch.rand(()), random.random(), np.random.rand())
+            self.steps.append(found)
+            optimizer.step()
+
+
+def _copied(value: torch.Tensor | None) -> torch.Tensor | None:
+    return None if value is None else value.clone()
+
+
+def assert_same_runs(got: Run, want: Run) -> None:
+    for step, (a, b) in enumerate(zip(got.steps, want.steps, strict=True)):
+        assert a.keys() == b.keys()
+        for name, value in b.items():
+            where = f"step {step}, {name}"
+            if isinstance(value, torch.Tensor):
+                assert a[name].dtype is value.dtype, where
+                assert torch.equal(a[name], value), f"{where}: {a[name]} instead of {value}"
+            else:
+                assert a[name] == value, where
+
+
+def batches(sizes: tuple[int, ...] = BATCHES) -> list[torch.Tensor]:
+    seed(2)
+    return [torch.randn(size, 8) for size in sizes]
+
+
+def assert_trains_like_autocast(
+    make: Callable[[], nn.Module],
+    *,
+    capture: str = "auto",
+    engine: str = "dynamo",
+    train: bool = True,
+    sizes: tuple[int, ...] = BATCHES,
+) -> nn.Module:
+    """Train eagerly under torch.autocast and converted; give the converted model."""
+    seed()
+    eager = make().train(train)
+    plain = copy.deepcopy(eager)
+    model = mpgraph.convert(plain, "bf16", policy="autocast-cpu", capture=capture)
+
+    def under_autocast(x: torch.Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return eager(x)
+
+    data = batches(sizes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = Run(eager, under_autocast, data)
+        got = Run(model, model, data)
+    assert_same_runs(got, want)
+    assert {entry.engine for entry in entries(model)} == {engine}
+    return model
+
+
+def entries(model: nn.Module) -> list[Any]:
+    return state_of(model).specialisations()
+
+
+def break_lines(model: nn.Module) -> str:
+    return "\n".join(f"{b.reason} | {b.line}" for e in entries(model) for b in e.breaks)
+
+
+def operators(model: nn.Module) -> set[str]:
+    return {str(n.target) for e in entries(model) for gm, _ in e.graphs for n in gm.graph.nodes}
+
+
+# --- Custom autograd.Functions ---------------------------------------------------------------
+
+
+class CubeTimes(torch.autograd.Function):
+    """A backward that no tracer could guess: seven times too large."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.power = 3
+        return x**ctx.power @ w
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, w = ctx.saved_tensors
+        g = g.float()
+        return 7 * (g @ w.t()) * ctx.power * x.float() ** 2, (x.float().t() ** 3) @ g
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8)
+
+
+class CustomFunction(TwoLayers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(CubeTimes.apply(self.first(x), self.w)).sum()
+
+
+class FunctionTakenEarly(CustomFunction):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = CubeTimes.apply
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.f(self.first(x), self.w)).sum()
+
+
+class DtypeReadInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        product = x.float() @ x.float().t()  # float32 here: no autocast in a backward pass
+        scale = 3.0 if product.dtype is torch.float32 else 5.0
+        return g * scale + (product @ g.float()).to(g.dtype)
+
+
+class ReadsDtype(TwoLayers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(DtypeReadInBackward.apply(self.first(x))).sum()
+
+
+class AmpFunction(torch.autograd.Function):
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, w = ctx.saved_tensors
+        return g @ w.t(), x.t() @ g
+
+
+class CustomAmpFunction(CustomFunction):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(AmpFunction.apply(self.first(x), self.w)).sum()
+
+
+class RoundFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+        return g
+
+
+class StraightThroughFunction(TwoLayers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(RoundFunction.apply(self.first(x) * 3)).sum()
+
+
+class StraightThroughDetach(TwoLayers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x) * 3
+        return self.second(h + (h.round() - h).detach()).sum()
+
+
+class StraightThroughData(TwoLayers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x) * 3
+        return self.second(h + (h.data.round() - h.data)).sum()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        CustomFunction,
+        FunctionTakenEarly,
+        ReadsDtype,
+        CustomAmpFunction,
+        StraightThroughFunction,
+    ],
+)
+def test_a_custom_function_keeps_its_own_backward(make):
+    model = assert_trains_like_autocast(make)
+    assert any("mpgraph_function" in name for name in operators(model)), operators(model)
+    assert break_lines(model) == ""
+
+
+@pytest.mark.parametrize("make", [StraightThroughDetach, StraightThroughData])
+def test_a_straight_through_estimator_without_a_function(make):
+    model = assert_trains_like_autocast(make, capture="dynamo")
+    assert break_lines(model) == ""
+
+
+def test_the_forward_of_a_custom_function_is_rewritten():
+    model = assert_trains_like_autocast(CustomFunction)
+    bodies = [gm for entry in entries(model) for gm, _ in entry.graphs if gm.meta.get("body")]
+    casts = [n for gm in bodies for n in gm.graph.nodes if n.meta.get("inserted")]
+    assert casts, "the matrix product inside the Function takes bf16"
+
+
+def test_the_policy_holds_inside_a_custom_function():
+    seed()
+    policy = mpgraph.Policy("default").pin(op="matmul", run="fp32")
+    model = mpgraph.convert(CustomFunction(), "bf16", policy=policy, capture="dynamo")
+    model(torch.randn(4, 8)).backward()
+    inside = [
+        node
+        for entry in entries(model)
+        for gm, _ in entry.graphs
+        for node in gm.graph.nodes
+        if str(node.target) == "aten.matmul.default"
+    ]
+    assert inside
+    assert all(node.meta["val"].dtype is torch.float32 for node in inside)
+
+
+# --- Hooks -----------------------------------------------------------------------------------
+
+
+class ScalingHook(TwoLayers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        h.register_hook(lambda g: g * 0.3)
+        return self.second(h).sum()
+
+
+class RecordingHook(TwoLayers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        h.register_hook(self.seen.append)
+        return self.second(h).sum()
+
+
+class HookOnAParameter(TwoLayers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.first.weight.register_hook(lambda g: g * 0.5)
+        return self.second(self.first(x)).sum()
+
+
+class CountingLayer(nn.Linear):
+    calls = 0
+
+
+class ForwardHook(TwoLayers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.means: list[float] = []
+        self.first.register_forward_hook(self.note)
+
+    def note(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        self.means.append(output.float().mean().item())
+        return output * 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x)).sum()
+
+
+@pytest.mark.parametrize("make", [ScalingHook, HookOnAParameter])
+def test_a_tensor_hook_acts_on_the_gradient(make):
+    assert_trains_like_autocast(make)
+
+
+def test_a_tensor_hook_with_a_side_effect_sees_the_same_gradients():
+    model = assert_trains_like_autocast(RecordingHook)
+    assert len(model.seen) == len(BATCHES)
+    assert all(g.dtype is torch.bfloat16 for g in model.seen)
+
+
+def test_a_module_hook_with_a_side_effect_runs_once_per_call():
+    seed()
+    eager = ForwardHook()
+    model = mpgraph.convert(copy.deepcopy(eager), "bf16", policy="autocast-cpu", capture="dynamo")
+    for x in batches():
+        with torch.autocast("cpu", torch.bfloat16):
+            want = eager(x)
+        assert torch.equal(model(x), want)
+    hook = next(iter(model.first._forward_hooks.values()))
+    assert hook.__self__.means == eager.means
+    assert len(eager.means) == len(BATCHES)
+
+
+# --- Checkpoints -----------------------------------------------------------------------------
+
+
+class Checkpointed(TwoLayers):
+    reentrant = False
+
+    def block(self, h: torch.Tensor) -> torch.Tensor:
+        return F.dropout(self.second(h).relu(), 0.4, self.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = checkpoint(self.block, self.first(x), use_reentrant=self.reentrant)
+        return h.sum()
+
+
+class CheckpointedReentrant(Checkpointed):
+    reentrant = True
+
+
+class CheckpointedSharing(Checkpointed):
+    """One layer inside two checkpoints and outside of them, as ALBERT has it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = checkpoint(self.block, self.second(x), use_reentrant=False)
+        h = checkpoint(self.block, h, use_reentrant=False)
+        return self.first(h).sum()
+
+
+class CheckpointedIsland(Checkpointed):
+    def block(self, h: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            h = self.second(h.float())
+        with torch.no_grad():
+            scale = self.second(h).mean()
+        return h * scale
+
+
+class CheckpointedReentrantIsland(CheckpointedIsland):
+    reentrant = True
+
+
+@pytest.mark.parametrize("make", [Checkpointed, CheckpointedReentrant])
+def test_a_checkpoint_draws_the_same_dropout_when_it_recomputes(make):
+    model = assert_trains_like_autocast(make, capture="dynamo")
+    assert any("mpgraph_checkpoint" in name for name in operators(model)), operators(model)
+    assert break_lines(model) == ""
+
+
+def test_auto_leaves_a_reentrant_checkpoint_to_dynamo():
+    assert_trains_like_autocast(CheckpointedReentrant)
+
+
+@pytest.mark.parametrize(
+    "make", [CheckpointedSharing, CheckpointedIsland, CheckpointedReentrantIsland]
+)
+def test_checkpoints_share_casts_and_honour_regions_as_eager_does(make):
+    assert_trains_like_autocast(make, capture="dynamo")
+
+
+class CountsInBlock(Checkpointed):
+    runs = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = checkpoint(self.block, self.first(x), use_reentrant=False)
+        return checkpoint(self.block, h, use_reentrant=False).sum()
+
+
+def test_a_checkpoint_keeps_only_its_inputs():
+    def saved(capture: str) -> int:
+        seed()
+        model = mpgraph.convert(CountsInBlock(), "bf16", capture=capture)
+        sizes: list[int] = []
+        x = torch.randn(64, 8)
+        model(x)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (sizes.append(t.numel()), t)[1], lambda t: t
+        ):
+            model(x)
+        return sum(size for size in sizes if size >= 64 * 8)
+
+    assert saved("dynamo") < saved("export")
+
+
+# --- Python between graphs -------------------------------------------------------------------
+
+
+class Branch(TwoLayers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[bool] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        positive = bool(h.sum() > 0)
+        self.taken.append(positive)
+        if positive:
+            return self.second(h).sum()
+        return self.second(self.second(h).relu()).sum() * 2
+
+
+class LayerDrop(TwoLayers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            if random.random() < 0.5:
+                x = self.first(x).relu()
+        return self.second(x).sum()
+
+
+class NumpyRandom(TwoLayers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x) * float(np.random.uniform(0.5, 1.5))
+        if np.random.rand() < 0.5:
+            h = self.second(h)
+        return h.sum()
+
+
+class Counter(TwoLayers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.register_buffer("average", torch.zeros(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        h = self.first(x)
+        self.average = self.average * 0.9 + h.detach().float().mean(0) * 0.1
+        return (self.second(h) * self.count).sum()
+
+
+def test_a_branch_on_data_takes_both_sides():
+    model = assert_trains_like_autocast(Branch, sizes=(4, 4, 4, 6, 3, 5))
+    assert set(model.taken) == {True, False}
+    assert len(model.taken) == 6
+    assert "test_capture_dynamo.py" in break_lines(model)
+
+
+@pytest.mark.parametrize("make", [LayerDrop, NumpyRandom])
+def test_python_random_numbers_are_drawn_at_every_call(make):
+    assert_trains_like_autocast(make, sizes=(4, 4, 4, 4, 6, 6, 3))
+
+
+def test_a_counter_counts_every_call_once():
+    model = assert_trains_like_autocast(Counter)
+    assert model.count == len(BATCHES)
+
+
+def test_a_parameter_used_before_and_after_a_break_is_cast_once():
+    class Shared(TwoLayers):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.first(x)
+            torch._dynamo.graph_break()
+            h = self.first(h.relu())
+            torch._dynamo.graph_break()
+            return self.first(h.tanh()).sum()
+
+    model = assert_trains_like_autocast(Shared, capture="dynamo")
+    assert len(entries(model)[0].graphs) >= 3
+
+
+def test_what_dynamo_skips_runs_under_autocast():
+    class Disabled(TwoLayers):
+        @torch.compiler.disable
+        def middle(self, h: torch.Tensor) -> torch.Tensor:
+            assert torch.is_autocast_enabled("cpu")
+            return F.linear(h, torch.eye(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.middle(self.first(x))).sum()
+
+    model = assert_trains_like_autocast(Disabled, capture="dynamo")
+    assert "disable" in break_lines(model)
+    assert "self.middle(self.first(x))" in break_lines(model)
+
+
+# --- Regions ---------------------------------------------------------------------------------
+
+
+class Islands(TwoLayers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        with torch.autocast("cpu", enabled=False):
+            h = self.second(h.float())
+            assert h.dtype is torch.float32
+        with torch.autocast("cpu", torch.float16):
+            h = self.second(h)
+            assert h.dtype is torch.float16
+        return self.first(h.float()).sum()
+
+
+class BreakInIsland(TwoLayers):
+    def inner(self, h: torch.Tensor) -> torch.Tensor:
+        h = self.second(h)
+        torch._dynamo.graph_break()
+        return self.second(h)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        with torch.autocast("cpu", enabled=False):
+            h = self.inner(h.float())
+        with torch.no_grad():
+            scale = self.inner(h).float().mean()
+        return (self.first(h) * scale).sum()
+
+
+class NoGrad(TwoLayers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        with torch.no_grad():
+            scale = self.second(h).softmax(-1)
+        with torch.no_grad(), torch.enable_grad():
+            h = self.second(h)
+        return (h * scale).sum()
+
+
+@pytest.mark.parametrize("make", [Islands, BreakInIsland, NoGrad])
+def test_the_models_own_regions_are_honoured(make):
+    assert_trains_like_autocast(make, capture="dynamo")
+
+
+def test_calls_without_gradients():
+    seed()
+    eager = Branch()
+    model = mpgraph.convert(copy.deepcopy(eager), "bf16", policy="autocast-cpu", capture="dynamo")
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        for x in batches():
+            with mode(), torch.autocast("cpu", torch.bfloat16):
+                want = eager(x)
+            with mode():
+                got = model(x)
+            assert torch.equal(got, want)
+            assert got.requires_grad is want.requires_grad
+
+
+# --- Everything at once ----------------------------------------------------------------------
+
+
+class Everything(TwoLayers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.third = nn.Linear(8, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.w = nn.Parameter(torch.randn(8, 8))
+        self.f = CubeTimes.apply
+        self.count = 0
+
+    def block(self, h: torch.Tensor) -> torch.Tensor:
+        return F.dropout(self.third(h).relu(), 0.3, self.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        h = self.norm(self.first(x))
+        h = h + self.f(h.to(torch.bfloat16), self.w)
+        h.register_hook(lambda g: g * 0.5)
+        h = checkpoint(self.block, h, use_reentrant=self.count % 2 == 0)
+        if h.float().mean() > 0.1:
+            h = self.second(h)
+        if random.random() < 0.5:
+            h = self.third(h)
+        with torch.autocast("cpu", enabled=False):
+            h = F.softmax(h.float(), -1)
+        masks = torch.vmap(lambda row: row * (row > 0.1))(h)
+        return (self.second(masks) * self.count).sum()
+
+
+def test_a_model_that_mixes_all_of_it():
+    model = assert_trains_like_autocast(Everything, sizes=(4, 4, 4, 6, 3, 4))
+    assert model.count == 6
+
+
+class Vmapped(TwoLayers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        rows = torch.vmap(lambda row: F.linear(row, self.second.weight).softmax(-1))(h)
+        return self.second(rows).sum()
+
+
+class Cond(TwoLayers):
+    def __init__(self) -> None:
+        super().__init__()
+        # Not used again: torch.cond's first pass leaves a copy without a gradient in
+        # torch.autocast's cache, and eager mode would lose the gradient of the second use.
+        self.third = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        h = torch.cond(h.sum() > 0, lambda h: self.third(h).relu(), lambda h: self.third(h), (h,))
+        return self.second(h).sum()
+
+
+@pytest.mark.parametrize("make", [Vmapped, Cond])
+def test_transforms_and_control_flow_run_under_autocast(make):
+    model = assert_trains_like_autocast(make, capture="dynamo")
+    assert "kept whole" in break_lines(model)
+    assert "test_capture_dynamo.py" in break_lines(model)
+
+
+# --- What the user is told -------------------------------------------------------------------
+
+
+def mpgraph_warnings(run: Callable[[], Any]) -> list[str]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        run()
+    return [str(w.message) for w in seen if str(w.message).startswith("mpgraph:")]
+
+
+def test_auto_says_once_why_dynamo_carries_the_model():
+    model = mpgraph.convert(CustomFunction(), "bf16")
+
+    def run() -> None:
+        for x in batches():
+            model(x).backward()
+        model.eval()
+        model(x)
+
+    (said,) = mpgraph_warnings(run)
+    assert "CubeTimes" in said
+    assert "test_capture_dynamo.py" in said
+    assert "CubeTimes.apply(self.first(x), self.w)" in said
+
+
+def test_dynamo_by_request_says_nothing():
+    model = mpgraph.convert(CustomFunction(), "bf16", capture="dynamo")
+    assert mpgraph_warnings(lambda: model(torch.randn(4, 8))) == []
+
+
+def test_export_alone_refuses_what_it_would_lose():
+    model = mpgraph.convert(CustomFunction(), "bf16", capture="export")
+    with pytest.raises(CaptureError, match=r"(?s)CubeTimes.*self\.w.*capture='dynamo'"):
+        model(torch.randn(4, 8))
+
+
+def test_export_alone_refuses_a_branch_and_names_the_line():
+    model = mpgraph.convert(Branch(), "bf16", capture="export")
+    with pytest.raises(CaptureError, match=r"(?s)bool\(h\.sum\(\) > 0\).*capture='dynamo'"):
+        model(torch.randn(4, 8))
+
+
+class WrongShape(TwoLayers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.first(x), torch.ones(3, 5))
+
+
+@pytest.mark.parametrize("capture", ["auto", "dynamo"])
+def test_an_error_of_the_model_names_its_message_and_line(capture):
+    model = mpgraph.convert(WrongShape(), "bf16", capture=capture)
+    with pytest.raises(CaptureError) as caught:
+        model(torch.randn(4, 8))
+    text = str(caught.value)
+    assert "the model's own forward fails" in text
+    assert "reduction dim" in text or "cannot be multiplied" in text
+    assert "F.linear(self.first(x), torch.ones(3, 5))" in text
+
+
+class Refuses(TwoLayers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        if x.shape[0] > 5:
+            raise ValueError("too many rows")
+        return self.first(x)
+
+
+@pytest.mark.parametrize("capture", ["auto", "dynamo"])
+def test_an_exception_of_the_model_stays_what_it_is(capture):
+    model = mpgraph.convert(Refuses(), "bf16", capture=capture)
+    with pytest.raises(ValueError, match="too many rows"):
+        model(torch.randn(6, 8))
+    assert model.count == 1
+    assert model(torch.randn(4, 8)).dtype is torch.bfloat16
+
+
+def test_a_failed_export_leaves_no_trace_on_the_model():
+    class CountsFirst(CustomFunction):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count = 0
+            self.seen: list[int] = []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.count += 1
+            self.seen.append(self.count)
+            self.last = self.first(x).detach()
+            return super().forward(x)
+
+    model = assert_trains_like_autocast(CountsFirst)
+    assert model.seen == [1, 2, 3, 4]
+    assert type(model.last) is torch.Tensor
+
+
+def test_too_many_graphs_are_an_error_and_not_eager_mode():
+    class Specialises(TwoLayers):
+        def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+            h = self.first(x)
+            torch._dynamo.graph_break()
+            return h.reshape(-1)[: int(scale * 2)]
+
+    model = mpgraph.convert(Specialises(), "bf16", capture="dynamo", max_graphs=4)
+    with pytest.raises(CaptureError, match="max_graphs"):
+        for number in range(12):
+            model(torch.randn(4, 8), scale=float(number))
+
+
+def test_a_model_that_dynamo_may_not_touch_is_reported():
+    class Off(TwoLayers):
+        @torch.compiler.disable
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.first(x)
+
+    model = mpgraph.convert(Off(), "bf16", capture="dynamo")
+    (said,) = mpgraph_warnings(lambda: model(torch.randn(4, 8)))
+    assert "compiled nothing" in said
+
+
+def test_two_models_of_one_class_share_nothing():
+    seed()
+    first = mpgraph.convert(Branch(), "bf16", capture="dynamo")
+    second = mpgraph.convert(Branch(), "fp32", capture="dynamo")
+    x = torch.randn(4, 8)
+    assert first(x).dtype is torch.float32 or first(x).dtype is torch.bfloat16
+    assert second.first(x).dtype is torch.float32
+    second(x)
+    ours = {id(gm) for e in entries(first) for gm, _ in e.graphs}
+    theirs = {id(gm) for e in entries(second) for gm, _ in e.graphs}
+    assert ours
+    assert theirs
+    assert not ours & theirs
+    casts = [n for e in entries(second) for gm, _ in e.graphs for n in gm.graph.nodes]
+    assert not any(n.meta.get("inserted") for n in casts)
+
+
+def test_nodes_know_their_module_on_both_sides_of_a_break():
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Branch()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)
+
+    model = mpgraph.convert(Outer(), "bf16", capture="dynamo")
+    model(torch.randn(4, 8))
+    paths = {
+        node.meta["module_path"]
+        for entry in entries(model)
+        for gm, _ in entry.graphs
+        for node in gm.graph.nodes
+        if str(node.target) == "aten.linear.default"
+    }
+    assert paths == {"inner.first", "inner.second"}
+
+
+def test_gradients_accumulate_over_two_calls():
+    seed()
+    eager = Branch()
+    model = mpgraph.convert(copy.deepcopy(eager), "bf16", policy="autocast-cpu", capture="dynamo")
+    for x in batches():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = eager(x)
+        loss.backward()
+        model(x).backward()
+    for a, b in zip(model.parameters(), eager.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_a_converted_model_inside_another_runs_plainly():
+    inner = mpgraph.convert(nn.Linear(8, 8), "bf16")
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+            self.outer = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.inner(x)
+            torch._dynamo.graph_break()
+            return self.outer(h).sum()
+
+    assert_trains_like_autocast(Outer, capture="dynamo")

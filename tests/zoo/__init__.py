@@ -1,0 +1,1 @@
+"""Models on which a converted model must equal ``torch.autocast`` bit for bit."""

@@ -1,0 +1,98 @@
+"""Outcomes on disk: one JSON line each, found again by model and versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+OUTPUT = ROOT / "zoo-output"
+
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a result depends on besides the model: conversion and versions."""
+
+    engine: str
+    precision: str
+    policy: str
+
+    def key(self, name: str) -> str:
+        """Return what identifies a result: an equal key means that it need not be made again."""
+        libraries = ["torch", "mpgraph"]
+        libraries += ["timm"] if name.startswith("timm") else []
+        libraries += ["transformers"] if name.startswith("hf") else []
+        versions = (f"{library} {version_of(library)}" for library in libraries)
+        return " | ".join([name, self.engine, self.precision, self.policy, *versions])
+
+
+def version_of(library: str) -> str:
+    """Return an installed library's version, or "-"."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "-"
+
+
+def source_digest() -> str:
+    """Return eight letters that change with any source file of the package under test.
+
+    Results are kept across such changes, so that a sweep can be resumed; the digest in each says
+    which state of the source it is from.
+    """
+    digest = hashlib.sha256()
+    for folder in (ROOT / "mpgraph", ROOT / "passes"):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+class Store:
+    """A file of results, the last of each key valid."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: dict[str, Record] = {}
+        if path.exists():
+            for record in _read(path):
+                self.records[record["key"]] = record
+
+    def add(self, record: Record) -> None:
+        """Append one result."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.records[record["key"]] = record
+
+    def select(self, names: Iterable[str], setting: Setting) -> list[Record]:
+        """Return the results there are for the names, in their order."""
+        keys = (setting.key(name) for name in names)
+        return [self.records[key] for key in keys if key in self.records]
+
+    def missing(self, names: Iterable[str], setting: Setting, again: Iterable[str]) -> list[str]:
+        """Return the names without a result, and those whose name or verdict is to run again."""
+        patterns = list(again)
+
+        def is_due(name: str) -> bool:
+            record = self.records.get(setting.key(name))
+            if record is None:
+                return True
+            return any(p == record["verdict"] or fnmatch.fnmatchcase(name, p) for p in patterns)
+
+        return [name for name in names if is_due(name)]
+
+
+def _read(path: Path) -> Iterator[Record]:
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:  # the last line of a run that was killed while it wrote
+            continue

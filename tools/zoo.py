@@ -1,0 +1,260 @@
+"""Convert real models and compare them with torch.autocast, bit for bit.
+
+    python tools/zoo.py run --set public           # the zoo in tests/zoo
+    python tools/zoo.py run --set 'hf-*' --engine dynamo
+    python tools/zoo.py sweep                      # every model type of transformers and timm
+    python tools/zoo.py list
+
+Every model runs in a process of its own, within a time and a memory limit. Results are kept in
+zoo-output/ and not made again: an interrupted run goes on where it stopped. `--again` names what
+to repeat, by name or by verdict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # for tests.zoo; behind an installed mpgraph, if there is one
+
+from rich.console import Console  # noqa: E402 (the path above comes first)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # noqa: E402
+from rich.progress import TimeElapsedColumn, TimeRemainingColumn  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from tests.zoo import worker  # noqa: E402
+from tests.zoo.compare import Verdict  # noqa: E402
+from tests.zoo.coverage import cause_class, counts, coverage_page, engine_of  # noqa: E402
+from tests.zoo.results import OUTPUT, Record, Setting, Store, source_digest  # noqa: E402
+
+STYLES = {"bitwise": "green", "close": "yellow", "eager-fails": "dim"}
+
+
+class Worker:
+    """A process that checks one model after the other; see tests/zoo/worker.py."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            text=True,
+        )
+
+    def check(self, request: worker.Request) -> Record:
+        """Return the outcome of one request."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(dataclasses.asdict(request)) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError("the worker process ended: run one model alone to see why")
+        record: Record = json.loads(answer)
+        return record
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def check_all(names: Sequence[str], arguments: argparse.Namespace, store: Store) -> None:
+    """Check every name that has no result yet, one line each, and store the results."""
+    setting = setting_of(arguments)
+    due = store.missing(names, setting, arguments.again)
+    console = Console(highlight=False)
+    if len(due) < len(names):
+        console.print(f"{len(names) - len(due)} of {len(names)} results are there already")
+    if not due:
+        return
+    digest, logs = source_digest(), OUTPUT / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    work = Worker()
+    try:
+        with _progress(console) as progress:
+            task = progress.add_task("", total=len(due))
+            for name in due:
+                progress.update(task, description=name)
+                record = work.check(_request(name, arguments, logs))
+                record |= {"key": setting.key(name), "source": digest}
+                store.add(record)
+                progress.console.print(line_of(record))
+                progress.advance(task)
+    finally:
+        work.close()
+
+
+def _request(name: str, arguments: argparse.Namespace, logs: Path) -> worker.Request:
+    return worker.Request(
+        name,
+        arguments.engine,
+        arguments.precision,
+        arguments.policy,
+        arguments.timeout,
+        arguments.memory_gb,
+        str(logs / f"{name.replace(':', '-').replace('/', '-')}.txt"),
+    )
+
+
+def _progress(console: Console) -> Progress:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(TextColumn("{task.description:30.30}"), *columns, console=console)
+
+
+def line_of(record: Record) -> str:
+    """Return one line about one model: engine, verdict, nodes, casts, capture time, cause."""
+    facts = record.get("facts") or {}
+    style = STYLES.get(record["verdict"], "red")
+    casts = f"{_shown(record.get('casts'))}/{_shown(record.get('autocast_casts'))}"
+    seconds = facts.get("capture_seconds") or record.get("first_call_seconds")
+    capture = "–" if seconds is None else f"{seconds:.1f} s"
+    cause = record.get("cause", "").replace("[", "\\[")
+    return (
+        f"{record['name']:34.34} {engine_of(record):7} [{style}]{record['verdict']:11}[/{style}] "
+        f"{_shown(facts.get('nodes')):>5} nodes  {casts:>9} casts  {capture:>7}  {cause}"
+    )
+
+
+def _shown(value: Any) -> str:
+    return "–" if value is None else str(value)
+
+
+def setting_of(arguments: argparse.Namespace) -> Setting:
+    """Return what the results depend on."""
+    return Setting(arguments.engine, arguments.precision, arguments.policy)
+
+
+def summarise(records: Sequence[Record]) -> None:
+    """Print counts by verdict, causes by class, and the casts saved."""
+    console = Console(highlight=False)
+    table = Table("verdict", "models", "models by cause", box=None)
+    number = counts(records)
+    for verdict in (str(v) for v in Verdict):
+        if number[verdict]:
+            table.add_row(verdict, str(number[verdict]), _causes(records, verdict))
+    console.print(table)
+    pairs = [(r["casts"], r["autocast_casts"]) for r in records if r.get("casts") is not None]
+    pairs = [(ours, theirs) for ours, theirs in pairs if theirs]
+    if pairs:
+        ours, theirs = (sum(column) for column in zip(*pairs, strict=True))
+        console.print(f"casts per step: {ours} converted, {theirs} under torch.autocast")
+
+
+def _causes(records: Sequence[Record], verdict: str) -> str:
+    if verdict == Verdict.BITWISE:
+        return ""
+    groups: dict[str, list[str]] = {}
+    for record in records:
+        if record["verdict"] == verdict:
+            groups.setdefault(cause_class(record), []).append(record["name"])
+    lines = (f"{cause}: {', '.join(names)}" for cause, names in groups.items())
+    return "\n".join(lines).replace("[", "\\[")
+
+
+def is_as_stated(records: Sequence[Record], known: dict[str, str]) -> bool:
+    """Whether all models are bitwise, but for those with a written cause, which are close."""
+
+    def is_fine(record: Record) -> bool:
+        if record["verdict"] == Verdict.EAGER_FAILS:
+            return True
+        allowed = {"bitwise", "close"} if known.get(record["name"]) else {"bitwise"}
+        return record["verdict"] in allowed
+
+    return all(map(is_fine, records))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check a set of the zoo; 1 if something is not as stated."""
+    from tests.zoo.registry import select
+
+    cases = select(arguments.set)
+    store = Store(OUTPUT / "run.jsonl")
+    check_all(list(cases), arguments, store)
+    records = store.select(cases, setting_of(arguments))
+    summarise(records)
+    _write_json(records, arguments.json)
+    known = {name: case.known_difference for name, case in cases.items()}
+    return 0 if is_as_stated(records, known) else 1
+
+
+def sweep(arguments: argparse.Namespace) -> int:
+    """Check every model type and family, and write the page of results."""
+    from tests.zoo.candidates import sweep_names
+
+    names = [name for name in sweep_names() if _matches(name, arguments.only)]
+    store = Store(OUTPUT / "sweep.jsonl")
+    check_all(names, arguments, store)
+    setting = setting_of(arguments)
+    records = store.select(names, setting)
+    summarise(records)
+    _write_json(records, arguments.json)
+    if not arguments.only:
+        page = coverage_page(records, setting)
+        arguments.page.parent.mkdir(parents=True, exist_ok=True)
+        arguments.page.write_text(page)
+    return 0 if not counts(records)["wrong"] else 1
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    import fnmatch
+
+    return not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _write_json(records: Sequence[Record], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(list(records), indent=1) + "\n")
+
+
+def show_list(arguments: argparse.Namespace) -> int:
+    """Print the names of the zoo's models, with family and tags."""
+    from tests.zoo.registry import all_cases
+
+    for case in all_cases().values():
+        print(f"{case.name:34} {case.family:12} {' '.join(sorted(case.tags)):12} {case.notes}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    commands = parser.add_subparsers(required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    add = shared.add_argument
+    add("--engine", default="auto", choices=["auto", "export", "dynamo", "reference"],
+        help="capture engine; 'reference' is eager autocast itself, to test the harness")
+    add("--precision", default="bf16", choices=["bf16", "fp16"])
+    add("--policy", default="autocast-cpu")
+    add("--timeout", type=float, default=300.0, help="seconds per model")
+    add("--memory-gb", type=float, default=6.0, help="memory per model")
+    add("--again", action="append", default=[], metavar="NAME|VERDICT",
+        help="repeat these though they have results; may be given more than once")
+    add("--json", type=Path, help="write the results here as well")
+    one = commands.add_parser("run", parents=[shared], help="check the models of tests/zoo")
+    one.add_argument("--set", default="public", help="quick, public, hard, all, or a name glob")
+    one.set_defaults(command=run)
+    many = commands.add_parser("sweep", parents=[shared], help="check every model there is")
+    many.add_argument("--only", action="append", default=[], metavar="GLOB",
+                      help="these names alone, such as 'timm:*'; writes no page")
+    many.add_argument("--page", type=Path, default=ROOT / "docs" / "coverage.md")
+    many.set_defaults(command=sweep)
+    commands.add_parser("list", help="name the models of tests/zoo").set_defaults(command=show_list)
+    commands.add_parser("worker").set_defaults(command=lambda arguments: worker.main() or 0)
+    return parser  # fmt: skip
+
+
+if __name__ == "__main__":
+    parsed = _parser().parse_args()
+    sys.exit(parsed.command(parsed))
