@@ -183,14 +183,13 @@ def count_casts(gm: fx.GraphModule) -> Iterator[int]:
 
 def cast_bytes(node: fx.Node) -> int:
     """Bytes read and written by a cast, at the sizes of the captured call."""
-    value = ir.cast_source(node).meta["val"]
+    value: torch.Tensor = ir.cast_source(node).meta["val"]
     return element_count(value) * (value.element_size() + ir.cast_target(node).itemsize)
 
 
 def element_count(value: torch.Tensor) -> int:
     """The number of elements, at the sizes of the captured call."""
-    sizes: list[int] = [size if isinstance(size, int) else _hint(size) for size in value.shape]
-    return int(math.prod(sizes))
+    return math.prod(size if isinstance(size, int) else _hint(size) for size in value.shape)
 
 
 def _hint(size: Any) -> int:

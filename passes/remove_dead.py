@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import fx
+from torch._ops import OpOverload
 
 from mpgraph import ir
 from mpgraph.pipeline import PassContext, graph_pass
@@ -31,4 +34,10 @@ def _is_pure(node: fx.Node) -> bool:
         and not ir.is_mutating(node)
         and not ir.is_higher_order(node)
         and not ir.is_random(node)
+        and not _only_checks(node)
     )
+
+
+def _only_checks(node: fx.Node) -> bool:
+    """Whether the operator yields nothing, so that it can only be there for what it checks."""
+    return ir.is_operator(node) and not cast(OpOverload, node.target)._schema.returns

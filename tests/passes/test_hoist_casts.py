@@ -23,6 +23,7 @@ def test_a_16_bit_part_is_not_widened_to_be_lowered_again():
         expect="""
             %a: fp32[2, 3] = input
             %b: bf16[2, 3] = input
+            %b_fp32: fp32[2, 3] = to.dtype(%b, fp32)
             %a_bf16: bf16[2, 3] = to.dtype(%a, bf16)
             %cat: bf16[4, 3] = cat([%a_bf16, %b])
             %sin: bf16[4, 3] = sin(%cat)
