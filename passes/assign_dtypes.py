@@ -26,6 +26,19 @@ _AS_CAPTURED = ir.Decision(
     Rule.KEEP, None, "both sides of a sub-graph's border have one dtype", "structure", captured=True
 )
 
+_aten = torch.ops.aten
+# These take one dtype only, and say so when they run, but not on fake tensors.
+_UNCHECKED = frozenset(
+    {
+        *(_aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default),
+        *(_aten.index_copy.default, _aten.index_copy_.default),
+        *(_aten.index_add.default, _aten.index_add_.default),
+        *(_aten.index_reduce.default, _aten.index_reduce_.default),
+        *(_aten.put.default, _aten.put_.default, _aten.heaviside.default, _aten.heaviside_.default),
+        _aten.addmm_.default,
+    }
+)
+
 
 @graph_pass(numerics="rounds", whole=True)
 def assign_dtypes(graph: fx.Graph, context: PassContext) -> int:
@@ -81,6 +94,8 @@ class _Assigner:
 
     def _assign_operator(self, node: fx.Node) -> None:
         decision = self._decide(node)
+        if node.target in _UNCHECKED:
+            decision = _one_dtype(node, decision) or decision
         try:
             value = self._value(node, decision)
         except RuntimeError:

@@ -8,14 +8,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import mpgraph
 import pytest
 import torch
 import torch.nn.functional as F
-from mpgraph import CaptureError
-from mpgraph.module import state_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+import mpgraph
+from mpgraph import CaptureError
+from mpgraph.module import state_of
 
 np = pytest.importorskip("numpy")
 BATCHES = (4, 4, 6, 3)

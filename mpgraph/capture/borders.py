@@ -23,10 +23,16 @@ def settle_borders(graph: fx.Graph, context: PassContext) -> int:
     """
     edits = 0
     for node in list(graph.nodes):
-        is_body = node.op == "output" and graph.owning_module.meta.get("body")
+        is_body = node.op == "output" and _owner(graph).meta.get("body")
         if is_body or (ir.is_higher_order(node) and isinstance(node.target, kept.Kept)):
             edits += _cast_changed(graph, node)
     return edits
+
+
+def _owner(graph: fx.Graph) -> fx.GraphModule:
+    owner = graph.owning_module
+    assert owner is not None
+    return owner
 
 
 def _cast_changed(graph: fx.Graph, node: fx.Node) -> int:
@@ -57,7 +63,7 @@ def lift_parameter_casts(graph: fx.Graph, context: PassContext) -> int:
     edits = 0
     for node in graph.find_nodes(op="call_function", target=kept.KEPT_CHECKPOINT):
         if not node.kwargs.get("use_reentrant", True):
-            body = kept.bodies(node, graph.owning_module)[0]
+            body = kept.bodies(node, _owner(graph))[0]
             edits += _lift(graph, node, body, context)
     return edits
 

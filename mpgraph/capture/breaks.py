@@ -8,11 +8,15 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable
 
+from torch import fx
 from torch._dynamo import exc
 from torch._dynamo.utils import counters, graph_break_reasons
 
+from mpgraph import ir
 from mpgraph.capture.detect import NeedsDynamo
+from mpgraph.capture.kept import UNDER_AUTOCAST
 from mpgraph.errors import CaptureError, MPGraphError, VerificationError
+from mpgraph.places import is_users
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,12 @@ class Break:
 
     reason: str
     line: str
+
+
+def breaks_inside(gm: fx.GraphModule) -> list[Break]:
+    """The parts of a rewritten graph that run under ``torch.autocast``, as they were kept."""
+    nodes = gm.graph.find_nodes(op="call_function", target=UNDER_AUTOCAST)
+    return [Break(f"{node.meta['holds']} is kept whole", ir.source_line(node)) for node in nodes]
 
 
 class Watch:
@@ -50,7 +60,9 @@ class Watch:
 def _summary(text: str) -> str:
     """The first two lines of Dynamo's own account: what, and why."""
     lines = [line.strip() for line in str(text).strip().splitlines() if line.strip()]
-    why = next((x.removeprefix("Explanation: ") for x in lines if x.startswith("Explanation: ")), "")
+    why = next(
+        (x.removeprefix("Explanation: ") for x in lines if x.startswith("Explanation: ")), ""
+    )
     return f"{lines[0]}: {why}" if lines and why else (lines[0] if lines else "unknown")
 
 
@@ -58,13 +70,6 @@ def line_of(frames: Iterable[traceback.FrameSummary]) -> str:
     """The innermost line that is neither torch's nor mpgraph's."""
     mine = [f for f in frames if is_users(f.filename)]
     return f"{_short(mine[-1].filename)}:{mine[-1].lineno}: {mine[-1].line}" if mine else ""
-
-
-def is_users(filename: str) -> bool:
-    """Whether a file is the user's own: not torch's, not mpgraph's, not generated."""
-    return (
-        "/torch/" not in filename and "/mpgraph/" not in filename and not filename.startswith("<")
-    )
 
 
 def _short(filename: str) -> str:

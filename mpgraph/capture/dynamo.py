@@ -20,10 +20,12 @@ from torch import fx, nn
 from torch._dynamo import config as dynamo_config
 from torch._guards import tracing
 
-from mpgraph.capture.breaks import Break, Watch, describe, explain_failure
+from mpgraph.capture.ambient import Ambient, ambient_now
+from mpgraph.capture.breaks import Break, Watch, breaks_inside, describe, explain_failure
 from mpgraph.capture.captured import Slot, slots_of
+from mpgraph.capture.keep import CannotLower
 from mpgraph.capture.kept import repair_checkpoints
-from mpgraph.capture.lower import Ambient, CannotLower, Graphs, ambient_now, breaks_inside, lower
+from mpgraph.capture.lower import Graphs, lower
 from mpgraph.capture.paths import label_placeholders
 from mpgraph.errors import CaptureError
 from mpgraph.module import State, capturing
@@ -184,6 +186,9 @@ class DynamoEngine:
         with (
             dynamo_config.patch(
                 suppress_errors=False,
+                inline_inbuilt_nn_modules=True,
+                # Dynamo would turn numpy into torch, and numpy's random numbers into torch's.
+                trace_numpy=False,
                 fail_on_recompile_limit_hit=True,
                 # Graphs are counted per model in _compile; Dynamo counts per function of the
                 # user's source, whichever model runs it.

@@ -10,9 +10,9 @@ from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from mpgraph import ir
+from mpgraph.capture.breaks import refusal
 from mpgraph.capture.captured import Captured
 from mpgraph.capture.detect import NeedsDynamo
-from mpgraph.capture.breaks import refusal
 from mpgraph.capture.dynamo import DynamoEntry, is_carried, make_entry
 from mpgraph.capture.export import Call, capture_export
 from mpgraph.capture.undo import undone_on_failure

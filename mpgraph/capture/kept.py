@@ -8,7 +8,7 @@ that run over the graph around it: it has been rewritten by itself, or must not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,10 +21,17 @@ from mpgraph import ir
 _higher_order = torch.ops.higher_order
 FUNCTION = _higher_order.autograd_function_apply
 CHECKPOINT = _higher_order.tag_activation_checkpoint
-try:
-    from torch._higher_order_ops.register_hook import register_hook_op as HOOK
-except ImportError:  # older releases break the graph at a tensor hook
-    HOOK = None  # type: ignore[assignment]
+
+
+def _hook_operator() -> Any:
+    try:
+        from torch._higher_order_ops.register_hook import register_hook_op
+    except ImportError:  # older releases break the graph at a tensor hook
+        return None
+    return register_hook_op
+
+
+HOOK = _hook_operator()
 _CHECKPOINT_OPTIONS = frozenset(
     {"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop"}
 )
@@ -56,6 +63,7 @@ class Kept(HigherOrderOperator):
         self._run = run
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
         return self._run(*args, **kwargs)
 
 
@@ -97,7 +105,7 @@ KEPT_HOOK = Kept("hook", _run_hook)
 UNDER_AUTOCAST = Kept("under_autocast", _run_under_autocast)
 
 
-def bodies(node: fx.Node, gm: fx.GraphModule) -> Mapping[int, fx.GraphModule]:
+def bodies(node: fx.Node, gm: fx.GraphModule) -> dict[int, fx.GraphModule]:
     """The sub-graphs among a higher-order node's arguments, by position."""
     found = {}
     for index, argument in enumerate(node.args):

@@ -38,8 +38,6 @@ def undone_on_failure(model: nn.Module) -> Iterator[None]:
         raise
 
 
-
-
 def _containers(model: nn.Module) -> Iterator[Any]:
     """Every plain list, dict and set that hangs on a module, its own tables included."""
     seen: set[int] = set()

@@ -14,14 +14,17 @@ from typing import Any
 import torch
 from mpgraph import ir
 from mpgraph.capture.captured import Slot
+from mpgraph.capture.export import Call, capture_export
 from mpgraph.graph_text import text
 from mpgraph.op_table import Rule
 from mpgraph.pipeline import PassContext, run_passes
 from mpgraph.policy import Policy
+from mpgraph.structure import flatten
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
@@ -39,9 +42,9 @@ def cast(x, dtype):
 
 def special(*shape, dtype=f32):
     """Random values with infinities, NaN, signed zeros and extremes strewn in."""
-    x = torch.randn(*shape, dtype=f32)
+    x = torch.randn(shape, dtype=f32)
     values = torch.tensor(SPECIAL)
-    chosen = torch.rand(*shape) < 0.4
+    chosen = torch.rand(shape) < 0.4
     x[chosen] = values[torch.randint(len(values), (int(chosen.sum()),))]
     return x.to(dtype)
 
@@ -57,7 +60,9 @@ def context_of(**changes) -> PassContext:
 
 def graph_of(function, *inputs, context=None, grad=True):
     """``function`` as a graph module, traced under the autocast of ``context`` if there is one."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(
+        allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True
+    )
     fakes = [mode.from_tensor(x) for x in inputs]
     autocast = context.autocast() if context else contextlib.nullcontext()
     with mode, autocast, torch.set_grad_enabled(grad), fx_traceback.preserve_node_meta():
@@ -66,6 +71,23 @@ def graph_of(function, *inputs, context=None, grad=True):
     for body in ir.all_graphs(gm):
         _describe_nodes(body.graph, grad)
     return gm
+
+
+def captured(module, *inputs, context=None, grad=True):
+    """What the export engine makes of one call of a module."""
+    context = context or context_of()
+    leaves, spec = flatten((inputs, {}))
+    names = [f"x{i}" for i in range(len(leaves))]
+    call = Call(leaves, spec, names, [frozenset({0} if leaf.dim() else ()) for leaf in leaves])
+    with torch.set_grad_enabled(grad):
+        return capture_export(module, type(module).forward, call, context.autocast()).graph_module
+
+
+def values_for(gm, module, *inputs):
+    """One value per placeholder of a captured graph."""
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    slots = [node.meta["slot"] for node in gm.graph.find_nodes(op="placeholder")]
+    return [inputs[s.index] if s.kind == "input" else state[s.target] for s in slots]
 
 
 def _describe_inputs(gm, function, inputs):
@@ -83,7 +105,7 @@ def _describe_nodes(graph, grad):
     now = grad
     for node in graph.nodes:
         custom = node.meta.pop("custom", None) or {}
-        node.meta["captured"] = node.meta.get("val")
+        node.meta["captured"] = node.meta.setdefault("val", None)
         node.meta["module_path"] = ""
         if node.target is ir.SET_GRAD:
             now = bool(node.args[0])

@@ -140,7 +140,7 @@ def test_the_decision_says_that_the_cast_moved():
     (node,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
     decision = node.meta["decision"]
     assert decision.dtype is None
-    assert "cast after the values are picked" in decision.reason
+    assert "cast after the lookup" in decision.reason
 
 
 def test_branches_are_entered():

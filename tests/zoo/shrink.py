@@ -23,7 +23,7 @@ class Size:
     layers: int = 2
     image: int = 64
     patch: int = 8
-    # Lists of widths, one per stage, keep their ratios and start here.
+    # Lists of widths, one per stage, keep their ratios and start here; 0 leaves them alone.
     stage: int = 16
     # Leave widths of any kind alone: for models whose widths are tied by arithmetic of their own.
     keeps_widths: bool = False
@@ -37,6 +37,7 @@ class Size:
 # What is tried, in order: the last rows give up smallness for agreement.
 SIZES = (
     Size(),
+    Size(stage=0),
     Size(layers=4),
     Size(hidden=128, heads=8, layers=2, image=128, patch=16, stage=32),
     Size(keeps_widths=True, image=64, patch=16),
@@ -62,6 +63,8 @@ def _at_most(limit: int) -> Shrink:
 
 # The first pattern that matches the whole field name decides. `(?:.*_)?` stands for any prefix.
 _WIDTHS: tuple[tuple[str, Shrink], ...] = (
+    # Their heads span twice the hidden size.
+    (r"mamba_n_heads|mamba_num_heads", lambda value, size: 2 * size.heads),
     (
         r"(?:.*_)?(?:head_dim|d_head|d_kv|kv_channels|dim_head|head_size|mamba_head_dim)",
         lambda value, size: size.head_dim,
@@ -95,11 +98,22 @@ _WIDTHS: tuple[tuple[str, Shrink], ...] = (
         r"|linear_num_value_heads|resampler_heads)",
         lambda value, size: min(value, size.heads),
     ),
-    (r"mamba_n_heads|mamba_num_heads", lambda value, size: 2 * size.heads),
     (r"num_conv_pos_embedding_groups|num_codevector_groups", _at_most(2)),
     (r"(?:.*_)?(?:num_pos_feats)", lambda value, size: size.hidden // 2),
     (r"coordinate_size|shape_size", lambda value, size: size.hidden // 6),
 )
+
+# What a class leaves undecided and its model cannot do without.
+_UNDECIDED = {
+    "num_experts_per_tok": 2,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "prediction_length": 8,
+    "image_token_index": 155,
+    "image_token_id": 155,
+    "head_dim": 16,
+    "norm_eps": 1e-5,
+}
 
 _COUNTS: tuple[tuple[str, Shrink], ...] = (
     (
@@ -163,12 +177,25 @@ def _overrides(config_class: type, default: Any, size: Size) -> Iterator[tuple[s
         elif field.name == "rope_parameters" and isinstance(value, dict):
             if "mrope_section" in value:
                 yield field.name, {**value, "mrope_section": _sections(value, size)}
-        elif _is_derived(field):
-            continue
-        else:
-            small = _small(field.name, value, size)
+        elif value is None and field.name in _UNDECIDED:
+            yield field.name, _UNDECIDED[field.name]
+        elif not _is_derived(field):
+            small = _agreeing(default, field.name, size) or _small(field.name, value, size)
             if small is not None and small != value:
                 yield field.name, small
+
+
+def _agreeing(default: Any, name: str, size: Size) -> int | None:
+    """Return the value of a field whose rule depends on another field, or None."""
+    if size.keeps_widths:
+        return None
+    if name == "num_key_value_heads" and _value(default, name) == _value(
+        default, "num_attention_heads"
+    ):
+        return size.heads
+    if name == "num_heads" and hasattr(default, "state_size") and hasattr(default, "expand"):
+        return int(default.expand) * size.heads
+    return None
 
 
 def _resnet(outputs: int) -> Any:
@@ -229,7 +256,9 @@ def _small_list(name: str, values: Any, size: Size) -> Any:
         return kind((distinct * size.layers)[: size.layers])
     if _STAGE_DEPTHS.fullmatch(name) and all(isinstance(v, int) for v in values):
         return kind(min(v, 1) for v in values)
-    if _STAGE_WIDTHS.fullmatch(name) and not size.keeps_widths:
+    if re.fullmatch(r"(?:.*_)?(?:num_)?(?:attention_)?heads(?:_per_stage)?", name) and size.stage:
+        return kind(max(v // min(values), 1) for v in values)
+    if _STAGE_WIDTHS.fullmatch(name) and not size.keeps_widths and size.stage:
         if all(isinstance(v, int) for v in values):
             smallest = min(values)
             return kind(max(size.stage * v // smallest // 8 * 8, 8) for v in values)
