@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 # Where each public name lives: `import mpgraph` loads none of it, and not torch either.
 _HOMES = {
     "convert": "conversion",
-    "explain": "report",
+    "explain": "report.report",
     "assert_policy": "assertions",
     "text": "graph_text",
     "Policy": "policy",
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mpgraph.graph_text import text as text
     from mpgraph.policy import Override as Override
     from mpgraph.policy import Policy as Policy
-    from mpgraph.report import explain as explain
+    from mpgraph.report.report import explain as explain
 
 __all__ = ["__version__", *_HOMES]
 

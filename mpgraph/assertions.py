@@ -7,10 +7,10 @@ from typing import Any
 
 from mpgraph.errors import PolicyError
 from mpgraph.policy_glob import matches_op, op_names
-from mpgraph.report import Report, explain
-from mpgraph.report_layout import count, name_counts, size_text
-from mpgraph.report_records import SIXTEEN_BIT, Graph, Node
-from mpgraph.report_select import near_misses
+from mpgraph.report.report import Report, explain
+from mpgraph.report.layout import count, name_counts, size_text
+from mpgraph.report.records import SIXTEEN_BIT, Graph, Node
+from mpgraph.report.select import near_misses
 
 Patterns = str | Sequence[str]
 

@@ -22,10 +22,10 @@ from mpgraph import ir
 from mpgraph.errors import MPGraphError, PolicyError
 from mpgraph.module import state_of
 from mpgraph.op_table import Rule
-from mpgraph.report import Report
-from mpgraph.report_islands import block_of, pattern_of
-from mpgraph.report_records import Graph, Node
-from mpgraph.report_render import Column, Row, Table, to_text
+from mpgraph.report.report import Report
+from mpgraph.report.islands import block_of, pattern_of
+from mpgraph.report.records import Graph, Node
+from mpgraph.report.render import Column, Row, Table, to_text
 
 
 class Block(nn.Module):
@@ -401,7 +401,7 @@ def test_an_interrupted_write_leaves_the_old_file(
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("mpgraph.report.os.replace", fail)
+    monkeypatch.setattr("mpgraph.report.report.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         explained().to_json(path)
     assert path.read_text() == "old"

@@ -11,8 +11,8 @@ from torch import fx
 
 from mpgraph import ir
 from mpgraph.pipeline import PassReport, cast_bytes
-from mpgraph.report_islands import find_islands
-from mpgraph.report_records import Break, Cast, Graph, Node, Pass
+from mpgraph.report.islands import find_islands
+from mpgraph.report.records import Break, Cast, Graph, Node, Pass
 
 
 @dataclasses.dataclass(frozen=True)

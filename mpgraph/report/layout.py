@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mpgraph.policy_glob import op_names
-from mpgraph.report_islands import block_of, pattern_of
-from mpgraph.report_records import Graph, Node
-from mpgraph.report_render import Column, Row, Table
+from mpgraph.report.islands import block_of, pattern_of
+from mpgraph.report.records import Graph, Node
+from mpgraph.report.render import Column, Row, Table
 
 if TYPE_CHECKING:
-    from mpgraph.report import Report
+    from mpgraph.report.report import Report
 
 _MOST_NAMES = 6
 DTYPES = ("bf16", "fp16", "fp32", "fp64")

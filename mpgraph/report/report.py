@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpgraph.errors import MPGraphError, PolicyError
-from mpgraph.report_details import details
-from mpgraph.report_layout import count, header
-from mpgraph.report_records import Graph, Node, from_plain, to_plain
-from mpgraph.report_render import Line, Page, Part, to_text
-from mpgraph.report_select import check_selection, select
-from mpgraph.report_summary import summary
+from mpgraph.report.details import details
+from mpgraph.report.layout import count, header
+from mpgraph.report.records import Graph, Node, from_plain, to_plain
+from mpgraph.report.render import Line, Page, Part, to_text
+from mpgraph.report.select import check_selection, select
+from mpgraph.report.summary import summary
 
 if TYPE_CHECKING:
-    from mpgraph.report_diff import ReportDiff
+    from mpgraph.report.diff import ReportDiff
 
 SCHEMA = 1
 
@@ -34,7 +34,7 @@ class Report:
         model: The name of the model's class.
         precision: As given to ``mpgraph.convert``; "" for a bare graph.
         policy: The policy in one line; "" for a bare graph.
-        graphs: One record per captured graph: see :class:`mpgraph.report_records.Graph`.
+        graphs: One record per captured graph: see :class:`mpgraph.report.records.Graph`.
         selection: What ``filter`` selected; "" for everything.
     """
 
@@ -163,7 +163,7 @@ class Report:
             >>> [(c.name, c.before, c.after) for c in before.diff(after).changed]
             [('linear', 'bf16', 'fp32')]
         """
-        from mpgraph.report_diff import compare
+        from mpgraph.report.diff import compare
 
         return compare(self, other)
 
@@ -177,7 +177,7 @@ class Report:
         "source", "target", "bytes", "readers"}}], "islands": [{"block", "nodes",
         "operators", "why"}], "breaks": [{"reason", "line"}]}], "selection"}``.
 
-        The attributes of :class:`Report` and of the classes in :mod:`mpgraph.report_records` say
+        The attributes of :class:`Report` and of the classes in :mod:`mpgraph.report.records` say
         what each is. A later mpgraph may add keys; one that changes their meaning has another
         ``schema``.
         """
@@ -248,14 +248,14 @@ def explain(model: Any) -> Report:
 
 
 def _of_graph(gm: Any) -> Report:
-    from mpgraph.report_build import Source, build_graph
+    from mpgraph.report.build import Source, build_graph
 
     return Report(type(gm).__name__, graphs=(build_graph(Source("", gm)),))
 
 
 def _of_entry(entry: Any) -> Report:
     from mpgraph.ir import short_name
-    from mpgraph.report_build import build_graph, sources_of
+    from mpgraph.report.build import build_graph, sources_of
 
     graphs = tuple(build_graph(source) for source in sources_of(entry))
     name = graphs[0].label.partition(" ")[0] if graphs else ""
@@ -268,7 +268,7 @@ def _of_entry(entry: Any) -> Report:
 
 def _of_model(model: Any) -> Report:
     from mpgraph.module import state_of
-    from mpgraph.report_build import build_graph, sources_of
+    from mpgraph.report.build import build_graph, sources_of
 
     state = state_of(model)
     name = state.original.__name__

@@ -10,7 +10,7 @@ from torch import fx
 
 from mpgraph import ir
 from mpgraph.op_table import MOVES_DATA
-from mpgraph.report_records import SIXTEEN_BIT, Island, Node
+from mpgraph.report.records import SIXTEEN_BIT, Island, Node
 
 _DEPTH = 2
 

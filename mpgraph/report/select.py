@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from mpgraph.errors import PolicyError
 from mpgraph.policy_glob import matches_op, module_glob, op_names
-from mpgraph.report_records import Graph, Node
+from mpgraph.report.records import Graph, Node
 
 _MATCHES: dict[str, Callable[[str, Node], bool]] = {
     "module": lambda glob, node: module_glob(glob).fullmatch(node.module) is not None,

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mpgraph.policy_glob import op_names
-from mpgraph.report_islands import fold_islands, range_text
-from mpgraph.report_layout import (
+from mpgraph.report.islands import fold_islands, range_text
+from mpgraph.report.layout import (
     DTYPES,
     Block,
     block_runs,
@@ -19,11 +19,11 @@ from mpgraph.report_layout import (
     rule_table,
     size_text,
 )
-from mpgraph.report_records import Graph, Node, sum_bytes
-from mpgraph.report_render import Column, Line, Part, Row, Table
+from mpgraph.report.records import Graph, Node, sum_bytes
+from mpgraph.report.render import Column, Line, Part, Row, Table
 
 if TYPE_CHECKING:
-    from mpgraph.report import Report
+    from mpgraph.report.report import Report
 
 _MOST_GRAPHS = 3  # more are listed instead of described
 _MOST_MODULES = 12

@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mpgraph.report_islands import pattern_of
-from mpgraph.report_layout import count, name_counts, operator_text, size_text
-from mpgraph.report_records import Graph, Node, sum_bytes, to_plain
-from mpgraph.report_render import Column, Line, Page, Part, Row, Table, to_text
+from mpgraph.report.islands import pattern_of
+from mpgraph.report.layout import count, name_counts, operator_text, size_text
+from mpgraph.report.records import Graph, Node, sum_bytes, to_plain
+from mpgraph.report.render import Column, Line, Page, Part, Row, Table, to_text
 
 if TYPE_CHECKING:
-    from mpgraph.report import Report
+    from mpgraph.report.report import Report
 
 Key = tuple[str, str, str, int]  # sub-graph, module, operator, and which of several
 

@@ -6,8 +6,8 @@ import collections
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from mpgraph.report_islands import range_text
-from mpgraph.report_layout import (
+from mpgraph.report.islands import range_text
+from mpgraph.report.layout import (
     ORDINARY,
     block_runs,
     count,
@@ -17,11 +17,11 @@ from mpgraph.report_layout import (
     rule_table,
     size_text,
 )
-from mpgraph.report_records import Node
-from mpgraph.report_render import Column, Line, Part, Row, Table
+from mpgraph.report.records import Node
+from mpgraph.report.render import Column, Line, Part, Row, Table
 
 if TYPE_CHECKING:
-    from mpgraph.report import Report
+    from mpgraph.report.report import Report
 
 
 def details(report: Report, *, rules: bool) -> Iterator[Part]:

@@ -1,0 +1,1 @@
+"""``explain`` and what stands behind it: records, their layout as text, and their difference."""
