@@ -63,8 +63,8 @@ class Decision:
         reason: The row's reason, for people.
         source: Where the rule comes from: a preset, an override, or no row.
         argument: Set the operator's own ``dtype=`` argument to it instead of casting inputs.
-        captured: Every floating input is cast back to the dtype that it was captured with, as
-            at the border of a sub-graph, where the two sides must agree.
+        each: At the border of a sub-graph, where both sides must agree: a dtype, or None, for
+            each node among the arguments, in order.
     """
 
     rule: Rule
@@ -72,7 +72,7 @@ class Decision:
     reason: str
     source: str
     argument: torch.dtype | None = None
-    captured: bool = False
+    each: tuple[torch.dtype | None, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +119,18 @@ def eligible_inputs(node: fx.Node) -> list[fx.Node]:
     fx.map_arg((node.args, node.kwargs), note)
     statistics = running_statistics(node)
     return [argument for argument in found if argument not in statistics]
+
+
+def argument_nodes(node: fx.Node) -> list[fx.Node]:
+    """Every node among the arguments, in order, as often as it occurs."""
+    found: list[fx.Node] = []
+
+    def note(argument: fx.Node) -> fx.Node:
+        found.append(argument)
+        return argument
+
+    fx.map_arg((node.args, node.kwargs), note)
+    return found
 
 
 def running_statistics(node: fx.Node) -> list[fx.Node]:

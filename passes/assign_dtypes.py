@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from mpgraph import ir
 from mpgraph.errors import PolicyError
@@ -22,8 +23,8 @@ _OFF = ir.Decision(
 )
 _NOT_OURS = ir.Decision(Rule.KEEP, None, "not a tensor operator", "structure")
 _BRANCHES = ir.Decision(Rule.KEEP, None, "its branches take what arrives", "structure")
-_AS_CAPTURED = ir.Decision(
-    Rule.KEEP, None, "both sides of a sub-graph's border have one dtype", "structure", captured=True
+_BORDER = ir.Decision(
+    Rule.KEEP, None, "both sides of a sub-graph's border have one dtype", "structure"
 )
 
 _aten = torch.ops.aten
@@ -50,7 +51,8 @@ def assign_dtypes(graph: fx.Graph, context: PassContext) -> int:
 
     Sub-graphs are entered. The branches of a ``cond`` take what arrives; every other body (a
     ``while_loop``, whose results are its next inputs) takes the dtypes that it was captured
-    with. All of them return the dtypes that they were captured with.
+    with. All of them return the dtypes that they were captured with; the wider one, where the
+    branches of a ``cond`` differ.
     """
     return _Assigner(context).assign(graph)
 
@@ -59,6 +61,7 @@ class _Assigner:
     def __init__(self, context: PassContext) -> None:
         self.context = context
         self.infer = DtypeInference()
+        self.depth = 0
 
     def assign(self, graph: fx.Graph) -> int:
         edits = 0
@@ -83,13 +86,20 @@ class _Assigner:
     def _assign_bodies(self, graph: fx.Graph, node: fx.Node) -> int:
         calls = list(ir.body_calls(graph, node))
         is_cond = node.target is torch.ops.higher_order.cond
-        node.meta["decision"] = _BRANCHES if is_cond else _AS_CAPTURED if calls else _NOT_OURS
+        if not calls:
+            node.meta["decision"] = _NOT_OURS
+            return 0
+        node.meta["decision"] = _BRANCHES if is_cond else _operands_as_captured(node)
         edits = 0
         for body, operands in calls:
             if is_cond and operands is not None:
                 edits += _pass_dtypes(body.graph, operands)
+            self.depth += 1
             edits += self.assign(body.graph)
-            body.graph.output_node().meta["decision"] = _AS_CAPTURED
+            self.depth -= 1
+        _return_as_captured([body.graph.output_node() for body, _ in calls], is_cond)
+        if is_cond:
+            _yield_what_branches_return(node, calls[0][0].graph.output_node())
         return edits
 
     def _assign_operator(self, node: fx.Node) -> None:
@@ -134,6 +144,8 @@ class _Assigner:
 
     def _ran_so_at_capture(self, node: fx.Node, decision: ir.Decision) -> bool:
         """Whether torch.autocast, during the capture, ran the node as it is to run now."""
+        if self.depth:
+            return False  # torch.export does not see the model's own regions inside branches
         inputs = node.all_input_nodes
         if any(_dtypes(n.meta.get("val")) != _dtypes(n.meta.get("captured")) for n in inputs):
             return False
@@ -159,6 +171,35 @@ def _pass_dtypes(body: fx.Graph, operands: tuple[Any, ...]) -> int:
             inner.meta["val"] = ir.retype(inner.meta["val"], dtype)
             edits += 1
     return edits
+
+
+def _operands_as_captured(node: fx.Node) -> ir.Decision:
+    return dataclasses.replace(_BORDER, each=tuple(_captured_dtypes(node)))
+
+
+def _captured_dtypes(node: fx.Node) -> list[torch.dtype | None]:
+    """For each node among the arguments: its dtype at capture, if a rule may have changed it."""
+    captured = [n.meta.get("captured") for n in ir.argument_nodes(node)]
+    dtypes = [v.dtype if isinstance(v, torch.Tensor) else None for v in captured]
+    return [d if d in ir.ELIGIBLE else None for d in dtypes]
+
+
+def _return_as_captured(outputs: list[fx.Node], agree: bool) -> None:
+    each = [_captured_dtypes(output) for output in outputs]
+    if agree:
+        same = [_widest(d for d in dtypes if d) for dtypes in zip(*each, strict=True)]
+        each = [same] * len(outputs)
+    for output, dtypes in zip(outputs, each, strict=True):
+        output.meta["decision"] = dataclasses.replace(_BORDER, each=tuple(dtypes))
+
+
+def _yield_what_branches_return(node: fx.Node, output: fx.Node) -> None:
+    # torch.export computes the value of a cond without autocast inside some composites.
+    leaves, spec = pytree.tree_flatten(node.meta["val"])
+    dtypes = output.meta["decision"].each
+    if len(dtypes) == len(leaves):
+        changed = [ir.retype(v, d) if d else v for v, d in zip(leaves, dtypes, strict=True)]
+        node.meta["val"] = pytree.tree_unflatten(changed, spec)
 
 
 def _dtypes(value: Any) -> tuple[torch.dtype, ...]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import fx
 
@@ -18,8 +16,8 @@ def insert_casts(graph: fx.Graph, context: PassContext) -> int:
     ``linear(x, w)`` decided as bf16 becomes ``linear(to(x, bf16), to(w, bf16))``. An input that
     already has the dtype is left alone, and so are integers and float64. One cast per use, right
     before the use, as torch.autocast does; sharing is another pass's work. At the borders of
-    sub-graphs (the results of a ``cond`` branch, the operands of a ``while_loop``) a value is
-    cast back to the dtype that it was captured with.
+    sub-graphs (the results of a ``cond`` branch, the operands of a ``while_loop``) each value
+    has a dtype of its own.
     """
     edits = 0
     for node in list(graph.nodes):
@@ -29,10 +27,9 @@ def insert_casts(graph: fx.Graph, context: PassContext) -> int:
         if decision.argument is not None:
             edits += _set_argument(node, decision.argument)
         if decision.dtype is not None:
-            edits += _cast_inputs(graph, node, ir.eligible_inputs(node), decision.dtype)
-        if decision.captured:
-            for dtype, changed in _changed_inputs(node).items():
-                edits += _cast_inputs(graph, node, changed, dtype)
+            edits += _cast_inputs(graph, node, decision.dtype)
+        if decision.each:
+            edits += _cast_each(graph, node, decision.each)
     return edits
 
 
@@ -44,19 +41,24 @@ def _set_argument(node: fx.Node, dtype: torch.dtype) -> int:
     return 1
 
 
-def _changed_inputs(node: fx.Node) -> dict[torch.dtype, list[fx.Node]]:
-    """The inputs that no longer have the dtype that they were captured with, by that dtype."""
-    changed: dict[torch.dtype, list[fx.Node]] = {}
-    for source in ir.eligible_inputs(node):
-        captured = source.meta.get("captured")
-        if isinstance(captured, torch.Tensor) and captured.dtype is not ir.dtype_of(source):
-            changed.setdefault(captured.dtype, []).append(source)
-    return changed
+def _cast_each(graph: fx.Graph, node: fx.Node, dtypes: tuple[torch.dtype | None, ...]) -> int:
+    remaining = iter(dtypes)
+    edits = 0
+
+    def cast_if_needed(source: fx.Node) -> fx.Node:
+        nonlocal edits
+        dtype = next(remaining)
+        if dtype is None or ir.dtype_of(source) is dtype:
+            return source
+        edits += 1
+        return ir.add_cast(graph, source, dtype, before=node)
+
+    node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), cast_if_needed)
+    return edits
 
 
-def _cast_inputs(
-    graph: fx.Graph, node: fx.Node, castable: Collection[fx.Node], dtype: torch.dtype
-) -> int:
+def _cast_inputs(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> int:
+    castable = set(ir.eligible_inputs(node))
     edits = 0
 
     def cast_if_needed(source: fx.Node) -> fx.Node:

@@ -22,6 +22,8 @@ _REGIONS = frozenset(
         torch.ops.higher_order.wrap_with_autocast,
     }
 )
+_ENTER = torch.amp.autocast_mode._enter_autocast
+_EXIT = torch.amp.autocast_mode._exit_autocast
 
 
 @graph_pass(numerics="exact", whole=True)
@@ -48,7 +50,35 @@ def _normalize(graph: fx.Graph, context: PassContext, grad: bool) -> int:
             for argument in node.args:
                 if (body := _body_of(graph, argument)) is not None:
                     edits += _normalize(body.graph, context, grad)
-    return edits
+    return edits + _erase_entered_regions(graph, context)
+
+
+def _erase_entered_regions(graph: fx.Graph, context: PassContext) -> int:
+    """Treat a region that torch.export left as two calls, because there is a ``cond`` inside."""
+    entered: list[ir.Region | None] = [None]
+    calls = []
+    for node in graph.nodes:
+        if node.target is _ENTER:
+            entered.append(_region(*node.args[:3], entered[-1], context))
+        elif node.target is _EXIT:
+            entered.pop()
+        elif entered[-1] is not None:
+            node.meta.setdefault("region", entered[-1])
+            for body, _ in ir.body_calls(graph, node):
+                _mark_bodies(body, {"region": entered[-1]})
+        if node.target in (_ENTER, _EXIT):
+            calls.append(node)
+    for node in reversed(calls):
+        graph.erase_node(node)
+    return len(calls)
+
+
+def _region(
+    device: Any, dtype: Any, enabled: Any, around: ir.Region | None, context: PassContext
+) -> ir.Region | None:
+    if device != context.device:
+        return around  # a region for another device changes nothing on this one
+    return ir.Region(bool(enabled), dtype if isinstance(dtype, torch.dtype) else None)
 
 
 def _body_of(graph: fx.Graph, argument: Any) -> fx.GraphModule | None:
@@ -81,11 +111,8 @@ def _take_apart(
         enabled, body, *operands = node.args
         return body, tuple(operands), {"grad": enabled}  # type: ignore[return-value]
     device, dtype, enabled, _, body, *operands = node.args
-    if device != context.device:
-        # A region for another device changes nothing on this one.
-        return body, tuple(operands), {}  # type: ignore[return-value]
-    region = ir.Region(bool(enabled), dtype if isinstance(dtype, torch.dtype) else None)
-    return body, tuple(operands), {"region": region}  # type: ignore[return-value]
+    region = _region(device, dtype, enabled, None, context)
+    return body, tuple(operands), {} if region is None else {"region": region}  # type: ignore[return-value]
 
 
 def _switch(graph: fx.Graph, before: fx.Node, to: bool, was: bool) -> None:

@@ -12,6 +12,13 @@ import textwrap
 from typing import Any
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+
 from mpgraph import ir
 from mpgraph.capture.captured import Slot
 from mpgraph.capture.export import Call, capture_export
@@ -20,12 +27,6 @@ from mpgraph.op_table import Rule
 from mpgraph.pipeline import PassContext, run_passes
 from mpgraph.policy import Policy
 from mpgraph.structure import flatten
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import traceback as fx_traceback
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 bf16, f16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -60,9 +61,7 @@ def context_of(**changes) -> PassContext:
 
 def graph_of(function, *inputs, context=None, grad=True):
     """``function`` as a graph module, traced under the autocast of ``context`` if there is one."""
-    mode = FakeTensorMode(
-        allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True
-    )
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     fakes = [mode.from_tensor(x) for x in inputs]
     autocast = context.autocast() if context else contextlib.nullcontext()
     with mode, autocast, torch.set_grad_enabled(grad), fx_traceback.preserve_node_meta():
@@ -153,9 +152,7 @@ def assert_exact(got, want):
     assert torch.equal(got.signbit() & number, want.signbit() & number)
 
 
-def check_pass(
-    graph_pass, function, *inputs, edits, expect=None, exact=True, run=True, **options
-):
+def check_pass(graph_pass, function, *inputs, edits, expect=None, exact=True, run=True, **options):
     """Run one pass over ``function``; check its edit count, its text, and every bit it yields.
 
     The verification around every pass (tests/conftest.py) checks that the count is not a lie.
@@ -168,9 +165,7 @@ def check_pass(
     )
 
 
-def check_graph(
-    graph_pass, gm, *inputs, edits, expect=None, exact=True, run=True, context
-):
+def check_graph(graph_pass, gm, *inputs, edits, expect=None, exact=True, run=True, context):
     with torch.set_grad_enabled(context.grad):
         want = results_and_grads(gm, inputs) if run else None
         (report,) = run_passes(gm, [graph_pass], context)

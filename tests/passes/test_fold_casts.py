@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from mpgraph.passes.fold_casts import fold_casts
 from mpgraph.pipeline import run_passes
 

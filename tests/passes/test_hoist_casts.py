@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+
 from mpgraph.passes.hoist_casts import hoist_casts
 
 from .graphs import bf16, cast, check_pass, f16, f32, special

@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from mpgraph.capture.captured import Slot
 from mpgraph.graph_text import text
 from mpgraph.passes.hoist_weight_casts import hoist_weight_casts
 from mpgraph.pipeline import run_passes
-from torch.nn import functional as F
 
 from .graphs import (
     assert_same,
@@ -123,7 +124,9 @@ def test_a_cast_inside_no_grad_stays():
 
 def test_inside_no_grad_all_along_it_is_hoisted():
     w = parameter(3, 3)
-    gm = graph_of(lambda x, w: F.linear(cast(x, bf16), cast(w, bf16)), torch.ones(2, 3), w, grad=False)
+    gm = graph_of(
+        lambda x, w: F.linear(cast(x, bf16), cast(w, bf16)), torch.ones(2, 3), w, grad=False
+    )
     (report,) = run_passes(gm, [hoist_weight_casts], context_of(grad=False))
     assert report.edits == 1
 

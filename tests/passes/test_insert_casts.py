@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
+
 from mpgraph.graph_text import text
 from mpgraph.passes.assign_dtypes import assign_dtypes
 from mpgraph.passes.insert_casts import insert_casts
 from mpgraph.pipeline import run_passes
-from torch.nn import functional as F
 
 from .graphs import (
     assert_same,

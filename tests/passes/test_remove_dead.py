@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import torch
-from mpgraph.passes.remove_dead import remove_dead
 from torch.nn import functional as F
+
+from mpgraph.passes.remove_dead import remove_dead
 
 from .graphs import bf16, cast, check_pass, special, targets
 

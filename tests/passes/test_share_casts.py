@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
+
 from mpgraph.passes.share_casts import share_casts
 from mpgraph.pipeline import run_passes
-from torch.nn import functional as F
 
 from .graphs import (
     assert_same,

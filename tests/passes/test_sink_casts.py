@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from mpgraph import ir
 from mpgraph.passes.sink_casts import sink_casts
 from mpgraph.pipeline import run_passes
-from torch.nn import functional as F
 
 from .graphs import (
     assert_exact,
