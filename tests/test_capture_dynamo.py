@@ -713,6 +713,28 @@ def test_an_exception_of_the_model_stays_what_it_is(capture):
     assert model(torch.randn(4, 8)).dtype is torch.bfloat16
 
 
+def test_a_wrong_argument_does_not_send_the_model_to_dynamo():
+    model = mpgraph.convert(nn.Linear(8, 4), "bf16")
+    for _ in range(3):
+        with pytest.raises(CaptureError, match=r"the model's own forward fails"):
+            model(torch.randn(4, 7))
+    assert mpgraph_warnings(lambda: model(torch.randn(4, 8))) == []
+    assert [entry.engine for entry in entries(model)][-1] == "export"
+
+
+def test_after_an_exception_of_the_model_the_graphs_run_again():
+    model = mpgraph.convert(Refuses(), "bf16", capture="dynamo")
+
+    def ran() -> int:
+        return len([n for n in mpgraph_warnings(lambda: model(torch.randn(4, 8))) if "eager" in n])
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="too many rows"):
+            model(torch.randn(6, 8))
+        assert ran() == 0
+        assert any("linear" in name for name in operators(model))
+
+
 def test_a_failed_export_leaves_no_trace_on_the_model():
     class CountsFirst(CustomFunction):
         def __init__(self) -> None:
@@ -739,9 +761,13 @@ def test_too_many_graphs_are_an_error_and_not_eager_mode():
             return h.reshape(-1)[: int(scale * 2)]
 
     model = mpgraph.convert(Specialises(), "bf16", capture="dynamo", max_graphs=4)
-    with pytest.raises(CaptureError, match="max_graphs"):
+
+    def call_often() -> None:
         for number in range(12):
             model(torch.randn(4, 8), scale=float(number))
+
+    with pytest.raises(CaptureError, match="max_graphs"):
+        call_often()
 
 
 def test_a_model_that_dynamo_may_not_touch_is_reported():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
@@ -58,7 +58,7 @@ def with_ambient(
 
 
 def _entered(node: fx.Node, now: Ambient, context: PassContext) -> ir.Region | None:
-    device, dtype, enabled = cast("tuple[Any, ...]", (*node.args, None, None))[:3]
+    device, dtype, enabled = _first_three(node.args)
     if device != context.device:
         return now.region
     if not enabled:
@@ -66,6 +66,10 @@ def _entered(node: fx.Node, now: Ambient, context: PassContext) -> ir.Region | N
     if dtype is None:  # whatever is set, as torch.autocast does
         dtype = context.compute if now.region is None else now.region.dtype
     return ir.Region(True, dtype or torch.get_autocast_dtype(context.device))
+
+
+def _first_three(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*args, None, None)[:3]
 
 
 def mark(gm: fx.GraphModule, context: PassContext, ambient: Ambient) -> None:

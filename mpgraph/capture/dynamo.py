@@ -9,47 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
-import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._dynamo import config as dynamo_config
-from torch._guards import tracing
+from torch._dynamo import utils as dynamo_utils
 
-from mpgraph.capture.ambient import Ambient, ambient_now
-from mpgraph.capture.breaks import Break, Watch, breaks_inside, describe, explain_failure
-from mpgraph.capture.captured import Slot, slots_of
-from mpgraph.capture.keep import CannotLower
+from mpgraph.capture.breaks import Break, Watch, describe, explain_failure
+from mpgraph.capture.compiled import Call, CompiledGraph, calls, rewritten, runner
 from mpgraph.capture.kept import repair_checkpoints
-from mpgraph.capture.lower import Graphs, lower
+from mpgraph.capture.lower import Graphs
 from mpgraph.capture.paths import label_placeholders
 from mpgraph.errors import CaptureError
 from mpgraph.module import State, capturing
-from mpgraph.pipeline import NeedsStaticShapes, PassContext, PassReport
-from mpgraph.precision import logger
-from mpgraph.weights import WeightCopies
-
-_calls = threading.local()
-
-
-@dataclasses.dataclass
-class CompiledGraph:
-    """One of Dynamo's graphs, rewritten.
-
-    Attributes:
-        graphs: The rewritten graph, last, after the bodies inside it, each with what the
-            passes did. Empty where the whole graph runs under ``torch.autocast``.
-        breaks: Why parts of it were left to ``torch.autocast``.
-        run: Takes what Dynamo passes.
-    """
-
-    graphs: Graphs
-    breaks: list[Break]
-    run: Callable[..., Any]
+from mpgraph.pipeline import PassContext, PassReport
 
 
 @dataclasses.dataclass
@@ -63,6 +42,8 @@ class DynamoEntry:
         breaks: Where the model ran in eager mode under ``torch.autocast``, and why.
         reason: Why the export engine did not carry it; "" if it was not asked.
         notice: What to tell the user once the first call has run.
+        failed: No call has come through yet, and one has raised an error: the next one asks the
+            export engine again.
     """
 
     label: str
@@ -71,9 +52,13 @@ class DynamoEntry:
     owner: DynamoEngine
     reason: str = ""
     notice: str = ""
+    failed: bool = False
     breaks: list[Break] = dataclasses.field(default_factory=list)
     engine: str = "dynamo"
-    _compiled: dict[int, CompiledGraph] = dataclasses.field(default_factory=dict)
+    # Weakly: what Dynamo has dropped and compiled again is not shown twice.
+    _compiled: weakref.WeakValueDictionary[int, CompiledGraph] = dataclasses.field(
+        default_factory=weakref.WeakValueDictionary
+    )
 
     @property
     def graphs(self) -> Graphs:
@@ -92,47 +77,21 @@ class DynamoEntry:
 
     def accepts(self, leaves: Sequence[Any]) -> bool:
         """Whether the entry can run a call of its kind: Dynamo checks for itself."""
-        return True
+        return not self.failed
 
     def run_call(
         self, model: nn.Module, leaves: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run a call with its own arguments."""
-        result = self.owner.run(self, model, args, kwargs)
-        if not self.owner.announced:
-            self.owner.announce(self)
-        return result
+        return self.owner.run(self, model, args, kwargs)
 
-    def note(self, compiled: CompiledGraph) -> None:
-        """A graph runs for this kind of call."""
-        if id(compiled) not in self._compiled:
-            self._compiled[id(compiled)] = compiled
-            self.note_breaks(compiled.breaks)
-
-    def note_breaks(self, breaks: list[Break]) -> None:
-        """Parts of the model run in eager mode."""
+    def note(self, call: Call, breaks: list[Break]) -> None:
+        """What has run for a call of this kind, and what has been left to eager mode."""
+        for key, compiled in call.ran.items():
+            if key not in self._compiled:
+                self._compiled[key] = compiled
+                breaks = breaks + compiled.breaks
         self.breaks.extend(b for b in breaks if b not in self.breaks)
-
-
-class _CallCopies:
-    """16-bit copies of parameters for one call: shared by all its graphs, as in torch.autocast."""
-
-    def __init__(self, kept: WeightCopies) -> None:
-        self._kept = kept
-        self._made: dict[tuple[Any, ...], Any] = {}
-
-    def get(self, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        key = (id(parameter), parameter._version, dtype, torch.is_grad_enabled())
-        if key not in self._made:
-            # The parameter goes in as well, so that its id stays its own.
-            self._made[key] = self._kept.get(parameter, dtype), parameter
-        return self._made[key][0]  # type: ignore[no-any-return]
-
-
-@dataclasses.dataclass
-class _Call:
-    entry: DynamoEntry
-    copies: _CallCopies
 
 
 class DynamoEngine:
@@ -142,9 +101,9 @@ class DynamoEngine:
         self.state = state
         self.context = context
         self.paths = {id(p): path for path, p in model.named_parameters()}
-        self.compiled: list[CompiledGraph] = []
         self.modes: set[Any] = set()
-        self.announced = False
+        self._announced = False
+        self._live: weakref.WeakSet[Any] = weakref.WeakSet()
         entry_point = _entry_point(state.original_forward())
         self._run = torch.compile(entry_point, backend=self._compile)
 
@@ -152,28 +111,32 @@ class DynamoEngine:
         self, entry: DynamoEntry, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run one call; compile what has not been compiled."""
-        outer = getattr(_calls, "now", None)
-        _calls.now = _Call(entry, _CallCopies(self.state.weights))
-        watch = Watch()
+        outer, calls.now = calls.now, Call(self.state.weights)
+        call, watch = calls.now, Watch()
         try:
             with capturing(), self._configured(), self.context.autocast():
-                return self._run(model, args, kwargs)
+                result = self._run(model, args, kwargs)
         except Exception as error:
+            _forgive(error)
+            entry.failed = _mode(model) not in self.modes
             raise self._translated(error, entry) from error
         finally:
-            _calls.now = outer
-            entry.note_breaks(watch.new())
+            calls.now = outer
+            entry.note(call, watch.new())
+        self.modes.add(_mode(model))
+        self._announce(entry, call)
+        return result
 
-    def announce(self, entry: DynamoEntry) -> None:
-        """After the first call: say what export could not do, and what does not fit the graphs."""
-        self.announced = True
-        if entry.notice:
+    def _announce(self, entry: DynamoEntry, call: Call) -> None:
+        """Say, once, what export could not do; and that a call went past every graph."""
+        if entry.notice and not self._announced:
             self.state.say(entry.notice)
-        if not entry.graphs:
-            said = "; ".join(f"{b.reason} ({b.line})" for b in entry.breaks) or "it is disabled"
+        self._announced = True
+        if not call.ran:
+            said = "; ".join(f"{b.reason} ({b.line})" for b in entry.breaks)
             self.state.say(
-                "Dynamo compiled nothing of this call, so all of it ran in eager mode under "
-                f"torch.autocast: {said}."
+                "Dynamo compiled nothing of a call, so all of it ran in eager mode under "
+                f"torch.autocast: {said or 'torch.compile is disabled'}."
             )
 
     def _translated(self, error: Exception, entry: DynamoEntry) -> Exception:
@@ -186,7 +149,6 @@ class DynamoEngine:
         with (
             dynamo_config.patch(
                 suppress_errors=False,
-                inline_inbuilt_nn_modules=True,
                 # Dynamo would turn numpy into torch, and numpy's random numbers into torch's.
                 trace_numpy=False,
                 fail_on_recompile_limit_hit=True,
@@ -202,7 +164,7 @@ class DynamoEngine:
 
     def _compile(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         limit = self.state.settings.max_graphs
-        if len(self.compiled) >= limit:
+        if len(self._live) >= limit and (gc.collect(), len(self._live))[1] >= limit:
             raise CaptureError(
                 f"Dynamo has split this model into {limit} graphs, or compiled it anew so often; "
                 "the limit is max_graphs. mpgraph.explain(model) lists them. Pad inputs to fewer "
@@ -210,14 +172,21 @@ class DynamoEngine:
             )
         label_placeholders(gm, examples, self.paths)
         repair_checkpoints(gm)
-        compiled = _rewritten(gm, self.context)
-        self.compiled.append(compiled)
-
-        def run(*values: Any) -> Any:
-            _calls.now.entry.note(compiled)
-            return compiled.run(*values)
-
+        run = runner(rewritten(gm, self.context))
+        self._live.add(run)
         return run
+
+
+def _forgive(error: Exception) -> None:
+    """Let Dynamo try again next time.
+
+    It runs a function in eager mode for good once an exception has come out of it, though the
+    next call, with a better argument, may well succeed.
+    """
+    frame = error.__traceback__
+    while frame is not None:
+        torch._C._dynamo.eval_frame.reset_code(frame.tb_frame.f_code)
+        frame = frame.tb_next
 
 
 def make_entry(
@@ -231,9 +200,7 @@ def make_entry(
     """An entry for one kind of call; ``error`` is what kept export from carrying it."""
     if state.dynamo is None:
         state.dynamo = DynamoEngine(state, model, context)
-    engine: DynamoEngine = state.dynamo
-    engine.modes.add(_mode(model))
-    entry = DynamoEntry(label, shapes, context, engine)
+    entry = DynamoEntry(label, shapes, context, state.dynamo)
     if error is not None:
         reason, line = describe(error)
         entry.reason = f"{reason} ({line})" if line else reason
@@ -269,57 +236,6 @@ def _entry_point(forward: Callable[..., Any]) -> Callable[..., Any]:
     return types.FunctionType(code, call.__globals__, "call", None, call.__closure__)
 
 
-def _rewritten(gm: fx.GraphModule, context: PassContext) -> CompiledGraph:
-    """The rewritten graph, or, where that cannot be, Dynamo's own under ``torch.autocast``."""
-    ambient = ambient_now(context)
-    try:
-        # Dynamo keeps a second fake mode at hand for backends; its own values are of the first.
-        with tracing(None), torch.autocast(context.device, enabled=False):
-            graphs = _lower(gm, context, ambient)
-    except CannotLower as error:
-        logger.debug("a graph runs under torch.autocast: %s", error)
-        return CompiledGraph([], [Break(error.reason, error.line)], gm.forward)
-    breaks = [b for lowered, _ in graphs for b in breaks_inside(lowered)]
-    return CompiledGraph(graphs, breaks, _runner(graphs[-1][0], context))
-
-
-def _lower(gm: fx.GraphModule, context: PassContext, ambient: Ambient) -> Graphs:
-    graphs: Graphs = []
-    try:
-        lower(gm, context, ambient, graphs)
-    except NeedsStaticShapes as error:
-        logger.debug("a graph is made for fixed sizes: %s", error)
-        for node in gm.graph.find_nodes(op="placeholder"):
-            if isinstance(size := node.meta.get("example_value"), torch.SymInt):
-                int(size)  # Dynamo then compiles again for another size
-        graphs = []
-        lower(gm, context, ambient, graphs)
-    return graphs
-
-
-def _runner(gm: fx.GraphModule, context: PassContext) -> Callable[..., Any]:
-    """Run a rewritten graph on what Dynamo passes, with autocast off inside it."""
-    slots = slots_of(gm)
-    run = gm.forward
-    device = context.device
-
-    def run_graph(*values: Any) -> Any:
-        copies = _calls.now.copies
-        before = torch.is_grad_enabled()
-        try:
-            with torch.autocast(device, enabled=False):
-                return run(*[_value(slot, values, copies) for slot in slots])
-        finally:
-            torch._C._set_grad_enabled(before)
-
-    return run_graph
-
-
-def _value(slot: Slot, values: Sequence[Any], copies: _CallCopies) -> Any:
-    value = values[slot.index]
-    return copies.get(value, slot.dtype) if slot.dtype is not None else value
-
-
 @contextlib.contextmanager
 def _without_autocast_in_backward(device: str) -> Iterator[None]:
     """Let Dynamo trace the backward of a custom Function as it runs: outside of autocast."""
@@ -344,10 +260,19 @@ def _without_autocast_in_backward(device: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    # Errors of the user's model are raised; torch prints a second account of them.
-    noisy = logging.getLogger("torch._subclasses.fake_tensor")
-    before, noisy.disabled = noisy.disabled, True
+    """Keep Dynamo's own notices from the user: explain lists the breaks, errors are raised."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    disabled = [noisy.disabled for noisy in loggers]
+    warn_once = dynamo_utils.warn_once
+    dynamo_utils.warn_once = lambda *_, **__: None
+    for noisy in loggers:
+        noisy.disabled = True
     try:
         yield
     finally:
-        noisy.disabled = before
+        dynamo_utils.warn_once = warn_once
+        for noisy, before in zip(loggers, disabled, strict=True):
+            noisy.disabled = before
+
+
+_LOGGERS = ("torch._subclasses.fake_tensor", "torch._dynamo.variables.tensor")

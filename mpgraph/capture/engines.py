@@ -36,6 +36,7 @@ def capture_call(
     names = _names(spec)
     label = _label(model, leaves, names)
     shapes = [leaf.shape for leaf in leaves]
+    earlier[:] = [entry for entry in earlier if not getattr(entry, "failed", False)]
     if state.settings.capture == "dynamo" or is_carried(state, model):
         return make_entry(state, model, context, label, shapes)
     try:

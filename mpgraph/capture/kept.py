@@ -59,7 +59,7 @@ class Kept(HigherOrderOperator):
     """An operator that runs a body; autograd sees what the body does."""
 
     def __init__(self, name: str, run: Callable[..., Any]) -> None:
-        super().__init__(f"mpgraph_{name}")
+        super().__init__(f"mpgraph_{name}")  # type: ignore[no-untyped-call]
         self._run = run
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +74,7 @@ def _run_function(forward: Body, backward: Body, *args: Any, **options: Any) -> 
 def _run_hook(tensor: torch.Tensor, hook: Body, *freevars: Any) -> torch.Tensor:
     # Without a gradient to come, eager's register_hook raises; the traced model did not.
     if tensor.requires_grad:
-        tensor.register_hook(lambda gradient: hook(gradient, *freevars))
+        tensor.register_hook(lambda g: hook(g, *freevars))  # type: ignore[no-untyped-call]
     return tensor
 
 

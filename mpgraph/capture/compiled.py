@@ -1,0 +1,134 @@
+"""One graph from Dynamo, rewritten and ready to run; and what the graphs of one call share."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import tracing
+
+from mpgraph.capture.ambient import Ambient, ambient_now
+from mpgraph.capture.breaks import Break, breaks_inside
+from mpgraph.capture.captured import Slot, slots_of
+from mpgraph.capture.keep import CannotLower
+from mpgraph.capture.lower import Graphs, lower
+from mpgraph.pipeline import NeedsStaticShapes, PassContext
+from mpgraph.precision import logger
+from mpgraph.weights import WeightCopies
+
+
+@dataclasses.dataclass
+class CompiledGraph:
+    """One of Dynamo's graphs, rewritten.
+
+    Attributes:
+        graphs: The rewritten graph, last, after the bodies inside it, each with what the
+            passes did. Empty where the whole graph runs under ``torch.autocast``.
+        breaks: Why parts of it were left to ``torch.autocast``.
+        run: Takes what Dynamo passes.
+    """
+
+    graphs: Graphs
+    breaks: list[Break]
+    run: Callable[..., Any]
+
+
+class CallCopies:
+    """16-bit copies of parameters for one call: shared by all its graphs, as in torch.autocast."""
+
+    def __init__(self, kept: WeightCopies) -> None:
+        self._kept = kept
+        self._made: dict[tuple[Any, ...], Any] = {}
+
+    def get(self, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The call's copy of a parameter."""
+        key = (id(parameter), parameter._version, dtype, torch.is_grad_enabled())
+        if key not in self._made:
+            # The parameter goes in as well, so that its id stays its own.
+            self._made[key] = self._kept.get(parameter, dtype), parameter
+        return self._made[key][0]  # type: ignore[no-any-return]
+
+
+class Call:
+    """A call that is under way: what its graphs share, and which of them have run."""
+
+    def __init__(self, weights: WeightCopies) -> None:
+        self.copies = CallCopies(weights)
+        self.ran: dict[int, CompiledGraph] = {}
+
+
+class _Calls(threading.local):
+    now: Call | None = None
+
+
+calls = _Calls()
+
+
+def rewritten(gm: fx.GraphModule, context: PassContext) -> CompiledGraph:
+    """The rewritten graph, or, where that cannot be, Dynamo's own under ``torch.autocast``."""
+    ambient = ambient_now(context)
+    try:
+        # Dynamo keeps a second fake mode at hand for backends; its own values are of the first.
+        with tracing(None), torch.autocast(context.device, enabled=False):
+            graphs = _lower(gm, context, ambient)
+    except CannotLower as error:
+        logger.debug("a graph runs under torch.autocast: %s", error)
+        return CompiledGraph([], [Break(error.reason, error.line)], gm.forward)
+    breaks = [b for lowered, _ in graphs for b in breaks_inside(lowered)]
+    return CompiledGraph(graphs, breaks, _runner(graphs[-1][0], context))
+
+
+def _lower(gm: fx.GraphModule, context: PassContext, ambient: Ambient) -> Graphs:
+    graphs: Graphs = []
+    try:
+        lower(gm, context, ambient, graphs)
+    except NeedsStaticShapes as error:
+        logger.debug("a graph is made for fixed sizes: %s", error)
+        for node in gm.graph.find_nodes(op="placeholder"):
+            if isinstance(size := node.meta.get("example_value"), torch.SymInt):
+                int(size)  # Dynamo then compiles again for another size
+        graphs = []
+        lower(gm, context, ambient, graphs)
+    return graphs
+
+
+def _runner(gm: fx.GraphModule, context: PassContext) -> Callable[..., Any]:
+    """Run a rewritten graph on what Dynamo passes, with autocast off inside it."""
+    slots = slots_of(gm)
+    run = gm.forward
+    device = context.device
+
+    def run_graph(*values: Any) -> Any:
+        copies = _current().copies
+        before = torch.is_grad_enabled()
+        try:
+            with torch.autocast(device, enabled=False):
+                return run(*[_value(slot, values, copies) for slot in slots])
+        finally:
+            torch._C._set_grad_enabled(before)
+
+    return run_graph
+
+
+def _value(slot: Slot, values: Sequence[Any], copies: CallCopies) -> Any:
+    value = values[slot.index]
+    return copies.get(value, slot.dtype) if slot.dtype is not None else value
+
+
+def runner(compiled: CompiledGraph) -> Callable[..., Any]:
+    """What Dynamo calls. Nothing else holds on to the graph: it lives as long as Dynamo's code."""
+
+    def run(*values: Any) -> Any:
+        _current().ran[id(compiled)] = compiled
+        return compiled.run(*values)
+
+    return run
+
+
+def _current() -> Call:
+    assert calls.now is not None
+    return calls.now
