@@ -33,10 +33,14 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """A value that is compared and kept: ``1``, ``True`` and ``1.0`` are three values."""
+    """A value that is compared and kept: ``1``, ``True`` and ``1.0`` are three values.
+
+    So are ``0.0`` and ``-0.0``, while ``nan`` is one: numbers are compared by their text.
+    """
 
     type: type
-    value: Any
+    value: Any = dataclasses.field(compare=False)
+    key: Any
 
 
 class Opaque:
@@ -103,13 +107,18 @@ def _flatten(value: object, leaves: list[Any]) -> Spec:
         leaves.append(value)
         return _LEAF
     if isinstance(value, PLAIN_TYPES):
-        return Plain(type(value), value)
+        return plain(value)
     parts = _take_apart(value)
     if parts is None:
         return Opaque(value)
     context, names, children, build = parts
     specs = tuple(_flatten(child, leaves) for child in children)
     return Node(type(value), context, names, specs, build)
+
+
+def plain(value: Any) -> Plain:
+    """The description of a value that is no container and no tensor."""
+    return Plain(type(value), value, repr(value) if isinstance(value, (float, complex)) else value)
 
 
 def _unflatten(spec: Spec, leaves: Iterator[Any]) -> Any:
