@@ -7,9 +7,9 @@ from typing import Any
 
 from mpgraph.errors import PolicyError
 from mpgraph.policy_glob import matches_op, op_names
-from mpgraph.report.report import Report, explain
 from mpgraph.report.layout import count, name_counts, size_text
 from mpgraph.report.records import SIXTEEN_BIT, Graph, Node
+from mpgraph.report.report import Report, explain
 from mpgraph.report.select import near_misses
 
 Patterns = str | Sequence[str]

@@ -59,7 +59,8 @@ def _erase_entered_regions(graph: fx.Graph, context: PassContext) -> int:
     calls = []
     for node in graph.nodes:
         if node.target is _ENTER:
-            entered.append(_region(*node.args[:3], entered[-1], context))
+            device, dtype, enabled = node.args[:3]
+            entered.append(_region(device, dtype, enabled, entered[-1], context))
         elif node.target is _EXIT:
             entered.pop()
         elif entered[-1] is not None:

@@ -21,13 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mpgraph
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import mpgraph
 
 ROOT = Path(__file__).resolve().parents[1]
 Inputs = dict[str, Tensor]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fnmatch
 import json
 import os
 import subprocess
@@ -22,18 +23,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # for tests.zoo; behind an installed mpgraph, if there is one
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
 
-from rich.console import Console  # noqa: E402 (the path above comes first)
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # noqa: E402
-from rich.progress import TimeElapsedColumn, TimeRemainingColumn  # noqa: E402
-from rich.table import Table  # noqa: E402
+# For tests.zoo; behind an installed mpgraph, if there is one.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from tests.zoo import worker  # noqa: E402
-from tests.zoo.compare import Verdict  # noqa: E402
-from tests.zoo.coverage import cause_class, counts, coverage_page, engine_of  # noqa: E402
-from tests.zoo.results import OUTPUT, Record, Setting, Store, source_digest  # noqa: E402
+from tests.zoo import worker
+from tests.zoo.compare import Verdict
+from tests.zoo.coverage import cause_class, counts, coverage_page, engine_of
+from tests.zoo.results import OUTPUT, ROOT, Record, Setting, Store, source_digest
 
 STYLES = {"bitwise": "green", "close": "yellow", "eager-fails": "dim"}
 
@@ -91,7 +98,7 @@ def check_all(names: Sequence[str], arguments: argparse.Namespace, store: Store)
                 record = work.check(_request(name, arguments, logs))
                 record |= {"key": setting.key(name), "source": digest}
                 store.add(record)
-                progress.console.print(line_of(record))
+                progress.console.print(line_of(record), soft_wrap=True)
                 progress.advance(task)
     finally:
         work.close()
@@ -111,7 +118,8 @@ def _request(name: str, arguments: argparse.Namespace, logs: Path) -> worker.Req
 
 def _progress(console: Console) -> Progress:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description:30.30}"), *columns, console=console)
+    name = TextColumn("{task.description:30.30}")
+    return Progress(name, *columns, console=console, disable=not console.is_terminal)
 
 
 def line_of(record: Record) -> str:
@@ -209,8 +217,6 @@ def sweep(arguments: argparse.Namespace) -> int:
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    import fnmatch
-
     return not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -233,21 +239,35 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
-    add("--engine", default="auto", choices=["auto", "export", "dynamo", "reference"],
-        help="capture engine; 'reference' is eager autocast itself, to test the harness")
+    add(
+        "--engine",
+        default="auto",
+        choices=["auto", "export", "dynamo", "reference"],
+        help="capture engine; 'reference' is eager autocast itself, to test the harness",
+    )
     add("--precision", default="bf16", choices=["bf16", "fp16"])
     add("--policy", default="autocast-cpu")
     add("--timeout", type=float, default=300.0, help="seconds per model")
     add("--memory-gb", type=float, default=6.0, help="memory per model")
-    add("--again", action="append", default=[], metavar="NAME|VERDICT",
-        help="repeat these though they have results; may be given more than once")
+    add(
+        "--again",
+        action="append",
+        default=[],
+        metavar="NAME|VERDICT",
+        help="repeat these though they have results; may be given more than once",
+    )
     add("--json", type=Path, help="write the results here as well")
     one = commands.add_parser("run", parents=[shared], help="check the models of tests/zoo")
     one.add_argument("--set", default="public", help="quick, public, hard, all, or a name glob")
     one.set_defaults(command=run)
     many = commands.add_parser("sweep", parents=[shared], help="check every model there is")
-    many.add_argument("--only", action="append", default=[], metavar="GLOB",
-                      help="these names alone, such as 'timm:*'; writes no page")
+    many.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="these names alone, such as 'timm:*'; writes no page",
+    )
     many.add_argument("--page", type=Path, default=ROOT / "docs" / "coverage.md")
     many.set_defaults(command=sweep)
     commands.add_parser("list", help="name the models of tests/zoo").set_defaults(command=show_list)

@@ -7,6 +7,7 @@ import re
 import traceback
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 from torch import fx
 from torch._dynamo import exc
@@ -17,6 +18,9 @@ from mpgraph.capture.detect import NeedsDynamo
 from mpgraph.capture.kept import UNDER_AUTOCAST
 from mpgraph.errors import CaptureError, MPGraphError, VerificationError
 from mpgraph.places import is_users
+
+
+_OWN = str(Path(__file__).parents[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +71,9 @@ def _summary(text: str) -> str:
 
 
 def line_of(frames: Iterable[traceback.FrameSummary]) -> str:
-    """The innermost line that is neither torch's nor mpgraph's."""
-    mine = [f for f in frames if is_users(f.filename)]
+    """The innermost line that is the user's own or, for a model of torch.nn alone, torch's."""
+    found = [f for f in frames if not f.filename.startswith(_OWN)]
+    mine = [f for f in found if is_users(f.filename)] or found
     return f"{_short(mine[-1].filename)}:{mine[-1].lineno}: {mine[-1].line}" if mine else ""
 
 
@@ -89,7 +94,8 @@ def _line_in(text: str) -> str:
 
 def line_of_error(error: BaseException) -> str:
     """The user's line that an error comes from: from its traceback, or Dynamo's account of it."""
-    return line_of(traceback.extract_tb(error.__traceback__)) or _line_in(str(error))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
+    return line_of(frames) or _line_in(str(error))
 
 
 def first_line(error: BaseException) -> str:

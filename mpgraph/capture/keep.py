@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -29,10 +29,25 @@ class CannotLower(Exception):
         super().__init__(f"{reason} ({self.line})" if self.line else reason)
 
 
+class LeavesNoTrace(CannotLower):
+    """A call that does something out of sight of the trace; it can be kept by itself."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self.name = node.name
+        super().__init__(f"{describe(node)} leaves no trace", node)
+
+
 def keep_calls(
-    gm: fx.GraphModule, context: PassContext, ambient: Ambient, rewrite: Rewrite
+    gm: fx.GraphModule,
+    context: PassContext,
+    ambient: Ambient,
+    rewrite: Rewrite,
+    untraceable: Collection[str] = (),
 ) -> None:
-    """Turn calls that must not be traced into kept nodes, and rewrite their forward bodies."""
+    """Turn calls that must not be traced into kept nodes, and rewrite their forward bodies.
+
+    ``untraceable`` names calls that an earlier attempt has found out about.
+    """
     segment: list[fx.Node] = []
     depth = 0
     for node, around in list(with_ambient(gm.graph, ambient, context)):
@@ -42,6 +57,8 @@ def keep_calls(
             if not depth:
                 _fold(gm, segment, context, around)
                 segment = []
+        elif node.name in untraceable:
+            _fold(gm, [node], context, around)
         else:
             _keep(gm, node, context, around, rewrite)
     if segment:

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from mpgraph.capture import kept
 from mpgraph.capture.ambient import ENTER_AUTOCAST, EXIT_AUTOCAST, Ambient, mark
 from mpgraph.capture.borders import with_borders
-from mpgraph.capture.keep import CannotLower, describe, keep_calls
+from mpgraph.capture.keep import CannotLower, LeavesNoTrace, Rewrite, keep_calls
 from mpgraph.infer import fake_mode_of
 from mpgraph.passes import DEFAULT_PASSES
 from mpgraph.pipeline import PassContext, PassReport, run_passes
@@ -42,11 +42,25 @@ def lower(
         CannotLower: Something in the graph would be lost.
     """
     context = dataclasses.replace(context, grad=ambient.grad)
-    gm = _copy(gm)  # should this fail, the caller's graph is still what Dynamo gave
-    keep_calls(gm, context, ambient, lambda body, around: lower(body, context, around, graphs))
-    lowered = _trace(gm, context, ambient)
-    graphs.append((lowered, run_passes(lowered, PASSES, context)))
-    return lowered
+    untraceable: set[str] = set()
+    while True:
+        inner: Graphs = []
+        # A copy: should this fail, the caller's graph is still what Dynamo gave.
+        prepared = _copy(gm)
+        keep_calls(prepared, context, ambient, _rewriter(context, inner), untraceable)
+        try:
+            lowered = _trace(prepared, context, ambient)
+        except LeavesNoTrace as error:
+            if error.name in untraceable:
+                raise
+            untraceable.add(error.name)
+            continue
+        graphs += [*inner, (lowered, run_passes(lowered, PASSES, context))]
+        return lowered
+
+
+def _rewriter(context: PassContext, graphs: Graphs) -> Rewrite:
+    return lambda body, around: lower(body, context, around, graphs)
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
@@ -110,7 +124,7 @@ class _Tracer(fx.Interpreter):
         value = super().run_node(n)
         if not n.users and n.op.startswith("call") and not _is_silent(n):
             if next(iter(reversed(graph.nodes)), None) is last:
-                raise CannotLower(f"{describe(n)} leaves no trace", n)
+                raise LeavesNoTrace(n)
         return value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -137,8 +151,10 @@ def _is_silent(node: fx.Node) -> bool:
 
 
 _DATA: Any = getattr(torch._C._autograd, "_get_data_attr", None)
-# Calls that need leave nothing behind: the first prepares torch itself, the other two are marks.
-_SILENT = frozenset({"lazy_load_decompositions", "_enter_autocast", "_exit_autocast"})
+# Calls that need leave nothing behind: two prepare or observe torch itself, two are marks.
+_SILENT = frozenset(
+    {"lazy_load_decompositions", "_log_api_usage_once", "_enter_autocast", "_exit_autocast"}
+)
 
 
 def _proxy_tracer() -> Any:

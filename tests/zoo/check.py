@@ -34,7 +34,7 @@ class Outcome:
     name: str
     verdict: Verdict
     cause: str = ""
-    facts: Facts = Facts()
+    facts: Facts = dataclasses.field(default_factory=Facts)
     casts: int | None = None
     autocast_casts: int | None = None
     eager_seconds: float | None = None

@@ -222,7 +222,7 @@ def _compare_plain(name: str, want: Any, got: Any) -> Difference | None:
             return Difference(name, "zeros instead of None")
         described = [_describe(v) for v in (got, want)]
         return Difference(name, f"{described[0]} instead of {described[1]}", is_rounding=False)
-    if want == got or want != want:  # noqa: PLR0124 (a NaN)
+    if want == got or want != want:
         return None
     if name.startswith("generator"):
         return Difference(name, "left in another state")

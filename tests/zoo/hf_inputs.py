@@ -23,8 +23,8 @@ class InputKind:
     """Which arguments to pass, and in which of the layouts in use."""
 
     text: bool = True
-    image: str = ""  # square, clip, clip-channels, patches
-    audio: str = ""  # wave, wave-channel, mel-first, frames-first
+    image: str = ""  # square, clip, clip-channels, crops, pair, patches, tiles
+    audio: str = ""  # wave, wave-channel, mel-first, frames-first, mel-image
     labels: bool = True
     # Placeholder tokens in each text for its image or audio.
     media_tokens: int = 0
@@ -61,18 +61,20 @@ def input_kinds(model_class: Any, config: Any) -> Iterator[InputKind]:
 
 def _images(names: Any, config: Any) -> list[str]:
     if not names.keys() & {"pixel_values", "pixel_values_videos", "image", "images"}:
-        return [""]
+        return ["patches", "tiles"] if "grid_thw" in names else [""]
     layouts = ["square"]
     if names.keys() & {"image_grid_thw", "grid_thw", "image_grid_hws", "spatial_shapes"}:
-        layouts = ["patches", "square"]
+        layouts = ["patches", "tiles", "square"]
     elif hasattr(config, "num_frames") or hasattr(config, "tubelet_size"):
         layouts = ["clip", "clip-channels", "square"]
+    elif hasattr(config, "keypoint_detector_config") or "loftr" in config.model_type:
+        layouts = ["pair"]
     return [*layouts, "crops", ""] if "input_ids" in names else layouts
 
 
 def _audios(names: Any) -> list[str]:
     if "input_features" in names:
-        layouts = ["mel-first", "frames-first"]
+        layouts = ["mel-first", "frames-first", "mel-image"]
     elif "input_values" in names:
         layouts = ["wave", "frames-first", "wave-channel", "mel-image"]
     elif names.keys() & {"audio_values", "audio_features", "input_audio_embeds"}:
@@ -122,6 +124,16 @@ def _find(config: Any, *names: str, default: Any = None) -> Any:
 
 def _scalar(value: Any) -> int:
     return int(value[0] if isinstance(value, list | tuple) else value)
+
+
+_MEL_NAMES = (
+    "num_mel_bins",
+    "input_feat_per_channel",
+    "feature_size",
+    "input_dim",
+    "mel_dim",
+    "feature_projection_input_dim",
+)
 
 
 class _Inputs:
@@ -180,7 +192,7 @@ class _Inputs:
     def image(self) -> dict[str, Any]:
         size = _scalar(_find(self.config, "image_size", "input_size", "img_size", default=64))
         channels = _scalar(_find(self.config, "num_channels", "in_channels", "in_chans", default=3))
-        if self.kind.image == "patches":
+        if self.kind.image in ("patches", "tiles"):
             return self.patches(channels)
         frames = _scalar(_find(self.config, "num_frames", default=4))
         shape = {
@@ -188,6 +200,7 @@ class _Inputs:
             "clip": (frames, channels, size, size),
             "clip-channels": (channels, frames, size, size),
             "crops": (1, channels, size, size),
+            "pair": (2, channels, size, size),
         }[self.kind.image]
         pixels = torch.randn(self.batch, *shape)
         given: dict[str, Any] = {"pixel_values": pixels, "image": pixels, "images": pixels}
@@ -212,7 +225,9 @@ class _Inputs:
         patch = _scalar(_find(self.config, "patch_size", default=8))
         depth = _scalar(_find(self.config, "temporal_patch_size", default=1))
         grid = torch.tensor([[1, 4, 4]]).repeat(self.batch, 1)
-        pixels = torch.randn(16 * self.batch, channels * depth * patch * patch)
+        flat = self.kind.image == "patches"
+        shape = (channels * depth * patch * patch,) if flat else (channels, patch, patch)
+        pixels = torch.randn(16 * self.batch, *shape)
         return {
             "pixel_values": pixels,
             "hidden_states": pixels,
@@ -223,13 +238,12 @@ class _Inputs:
         }
 
     def audio(self) -> dict[str, Any]:
-        mel = _scalar(
-            _find(self.config, "num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim",
-                  "mel_dim", "feature_projection_input_dim", default=80)
-        )  # fmt: skip
+        mel = _scalar(_find(self.config, *_MEL_NAMES, default=80))
         positions = _find(self.config, "max_source_positions")
-        frames = 2 * _scalar(positions) if positions else _scalar(
-            _find(self.config, "max_length", default=64)
+        frames = (
+            2 * _scalar(positions)
+            if positions
+            else _scalar(_find(self.config, "max_length", default=64))
         )
         shape = {
             "wave": (4000,),
@@ -258,8 +272,9 @@ class _Inputs:
         ahead = (self.batch, future, *shape[2:])
         given = {"past_values": torch.randn(shape), "future_values": torch.randn(ahead)}
         given["past_observed_mask"] = torch.ones(shape)
-        given["past_time_features"] = torch.randn(self.batch, past, 1)
-        given["future_time_features"] = torch.randn(self.batch, future, 1)
+        times = _scalar(_find(self.config, "num_time_features", default=1))
+        given["past_time_features"] = torch.randn(self.batch, past, times)
+        given["future_time_features"] = torch.randn(self.batch, future, times)
         return given
 
     def labels(self, ids: Tensor | None) -> dict[str, Any]:
@@ -286,7 +301,9 @@ class _Inputs:
         by_name: dict[str, Any] = {
             "inputs_embeds": torch.randn(self.batch, LENGTH, width),
             "hidden_states": torch.randn(self.batch, LENGTH, width),
+            "query_embeds": torch.randn(self.batch, 8, width),
             "inputs": self.words(),
+            "qformer_input_ids": self.words(),
             "attention_mask": torch.ones(self.batch, LENGTH, dtype=torch.long),
             "pixel_mask": torch.ones(self.batch, 64, 64, dtype=torch.long),
         }

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from .values import float_tensors
 
-FAMILIES = ("classics", "sequences", "structures", "hf", "hf_vision", "timm_models", "hard", "hf_hard")
+FAMILIES = (
+    "classics",
+    "sequences",
+    "structures",
+    "hf",
+    "hf_vision",
+    "timm_models",
+    "hard",
+    "hf_hard",
+)
 
 
 @dataclasses.dataclass(frozen=True)

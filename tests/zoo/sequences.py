@@ -139,9 +139,7 @@ class RotaryBlock(nn.Module):
         y = self.norm1(x)
         q = self.rotate(self.q(y).unflatten(-1, (4, 4)).transpose(1, 2))
         k, v = self.kv(y).unflatten(-1, (4, 4)).transpose(1, 2).chunk(2, 1)
-        y = F.scaled_dot_product_attention(
-            q, self.rotate(k), v, is_causal=True, enable_gqa=True
-        )
+        y = F.scaled_dot_product_attention(q, self.rotate(k), v, is_causal=True, enable_gqa=True)
         x = x + y.transpose(1, 2).flatten(2)
         y = self.norm2(x)
         return x + self.down(F.silu(self.gate(y)) * self.up(y))

@@ -39,6 +39,7 @@ SIZES = (
     Size(),
     Size(stage=0),
     Size(layers=4),
+    Size(layers=12),
     Size(hidden=128, heads=8, layers=2, image=128, patch=16, stage=32),
     Size(keeps_widths=True, image=64, patch=16),
     Size(keeps_widths=True, image=224, patch=16, layers=12),
@@ -98,6 +99,8 @@ _WIDTHS: tuple[tuple[str, Shrink], ...] = (
         r"|linear_num_value_heads|resampler_heads)",
         lambda value, size: min(value, size.heads),
     ),
+    (r"rotary_dim", lambda value, size: min(value, size.head_dim)),
+    (r"upsample_groups", lambda value, size: size.hidden),
     (r"num_conv_pos_embedding_groups|num_codevector_groups", _at_most(2)),
     (r"(?:.*_)?(?:num_pos_feats)", lambda value, size: size.hidden // 2),
     (r"coordinate_size|shape_size", lambda value, size: size.hidden // 6),
@@ -111,8 +114,9 @@ _UNDECIDED = {
     "prediction_length": 8,
     "image_token_index": 155,
     "image_token_id": 155,
-    "head_dim": 16,
-    "norm_eps": 1e-5,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 32,
+    "vocab_size": 160,
 }
 
 _COUNTS: tuple[tuple[str, Shrink], ...] = (
@@ -136,7 +140,10 @@ _COUNTS: tuple[tuple[str, Shrink], ...] = (
     (r"n_group|topk_group|num_expert_group|mamba_n_groups|n_groups", _at_most(1)),
     (r"(?:.*_)?(?:num_queries|num_query_tokens|num_detection_tokens)", _at_most(8)),
     (r"codebook_size|num_embeddings|num_embeds", _at_most(64)),
-    (r"sliding_window|sliding_window_size|local_attention|attention_window|block_size", _at_most(8)),
+    (
+        r"sliding_window|sliding_window_size|local_attention|attention_window|block_size",
+        _at_most(8),
+    ),
     (r"(?:.*_)?chunk_size", lambda value, size: min(value, 8) if value > 0 else value),
     (r"num_frames", _at_most(4)),
     (r"index_topk", _at_most(8)),
@@ -179,7 +186,7 @@ def _overrides(config_class: type, default: Any, size: Size) -> Iterator[tuple[s
                 yield field.name, {**value, "mrope_section": _sections(value, size)}
         elif value is None and field.name in _UNDECIDED:
             yield field.name, _UNDECIDED[field.name]
-        elif not _is_derived(field):
+        elif not _is_derived(field) or _KINDS_OF_LAYER.fullmatch(field.name):
             small = _agreeing(default, field.name, size) or _small(field.name, value, size)
             if small is not None and small != value:
                 yield field.name, small
@@ -270,6 +277,6 @@ def _small_list(name: str, values: Any, size: Size) -> Any:
 def _sections(rope: dict[str, Any], size: Size) -> list[int]:
     """Share half a head's width among as many sections, as transformers asks."""
     count = len(rope["mrope_section"])
-    half = (64 if size.keeps_widths else size.head_dim // 2)
+    half = 64 if size.keeps_widths else size.head_dim // 2
     rest = half // 4
     return [half - rest * (count - 1), *[rest] * (count - 1)]

@@ -391,7 +391,9 @@ CASES = (
     Case("float64-part", DoublePrecision, vectors),
     Case("checkpoint-non-reentrant", NonReentrantCheckpoint, vectors),
     quick(Case("frozen-part", FrozenPart, vectors)),
-    Case("images-as-float64", lambda: nn.Conv2d(3, 4, 3).double(), lambda b: call(
-        images(b).args[0].double()
-    )),
+    Case(
+        "images-as-float64",
+        lambda: nn.Conv2d(3, 4, 3).double(),
+        lambda b: call(images(b).args[0].double()),
+    ),
 )

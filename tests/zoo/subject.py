@@ -78,9 +78,7 @@ class CastCounter(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and count it if it is a cast."""
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default:

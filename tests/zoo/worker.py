@@ -45,7 +45,10 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 
 
 def _preload() -> None:
-    """Import what every child needs. No operator may run here: a thread would not survive a fork."""
+    """Import what every child needs.
+
+    No operator may run here: its threads would not survive the fork.
+    """
     import torch
 
     torch.set_num_threads(1)
