@@ -35,7 +35,17 @@ def normalize(graph: fx.Graph, context: PassContext) -> int:
     inside it carries the region in ``meta["region"]``, which ``assign_dtypes`` honours. Other
     sub-graphs (``cond``, ``while_loop``) stay sub-graphs, and are normalized too.
     """
+    for body in ir.all_graphs(graph.owning_module):
+        _register_users(body.graph)
     return _normalize(graph, context, context.grad)
+
+
+def _register_users(graph: fx.Graph) -> None:
+    # What torch.export moves into a sub-graph may be missing among the users of what it reads,
+    # and would then be taken for dead.
+    for node in graph.nodes:
+        for source in node.all_input_nodes:
+            source.users.setdefault(node)
 
 
 def _normalize(graph: fx.Graph, context: PassContext, grad: bool) -> int:

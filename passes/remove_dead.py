@@ -15,7 +15,8 @@ from mpgraph.pipeline import PassContext, graph_pass
 def remove_dead(graph: fx.Graph, context: PassContext) -> int:
     """Erase nodes without users that neither write, nor draw random numbers, nor assert.
 
-    ``dropout`` whose result is unused stays: without it, every later random number changes.
+    ``dropout`` whose result is unused stays: without it, every later random number changes. So
+    does ``batch_norm``, which updates its running statistics.
     """
     edits = 0
     for node in reversed(list(graph.nodes)):
@@ -32,6 +33,7 @@ def _is_pure(node: fx.Node) -> bool:
         node.op == "call_function"
         and not node.is_impure()
         and not ir.is_mutating(node)
+        and not ir.running_statistics(node)
         and not ir.is_higher_order(node)
         and not ir.is_random(node)
         and not _only_checks(node)

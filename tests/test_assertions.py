@@ -12,8 +12,8 @@ from torch import nn
 
 import mpgraph
 from mpgraph.errors import PolicyError
-from mpgraph.report.report import Report
 from mpgraph.report.records import Graph, Node
+from mpgraph.report.report import Report
 
 
 class Model(nn.Module):

@@ -22,10 +22,10 @@ from mpgraph import ir
 from mpgraph.errors import MPGraphError, PolicyError
 from mpgraph.module import state_of
 from mpgraph.op_table import Rule
-from mpgraph.report.report import Report
 from mpgraph.report.islands import block_of, pattern_of
 from mpgraph.report.records import Graph, Node
 from mpgraph.report.render import Column, Row, Table, to_text
+from mpgraph.report.report import Report
 
 
 class Block(nn.Module):

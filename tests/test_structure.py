@@ -223,7 +223,7 @@ def test_names_come_from_keys_fields_and_positions():
         ({1: 2}, {True: 2}),
         ((1, [True]), (1, [1])),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_different_values_have_different_descriptions(one, other):
     assert flatten(one)[1] != flatten(other)[1]

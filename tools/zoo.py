@@ -234,8 +234,14 @@ def show_list(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def serve(arguments: argparse.Namespace) -> int:
+    """Be the worker process of another run."""
+    worker.main()
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
@@ -271,7 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument("--page", type=Path, default=ROOT / "docs" / "coverage.md")
     many.set_defaults(command=sweep)
     commands.add_parser("list", help="name the models of tests/zoo").set_defaults(command=show_list)
-    commands.add_parser("worker").set_defaults(command=lambda arguments: worker.main() or 0)
+    commands.add_parser("worker").set_defaults(command=serve)
     return parser  # fmt: skip
 
 

@@ -19,7 +19,6 @@ from mpgraph.capture.kept import UNDER_AUTOCAST
 from mpgraph.errors import CaptureError, MPGraphError, VerificationError
 from mpgraph.places import is_users
 
-
 _OWN = str(Path(__file__).parents[1])
 
 

@@ -48,6 +48,17 @@ def test_writes_stay():
     check_pass(remove_dead, f, x4(), edits=0)
 
 
+def test_running_statistics_are_still_updated():
+    def f(x, mean, var):
+        F.batch_norm(x, mean, var, training=True)
+        return x.cos()
+
+    gm = check_pass(remove_dead, f, torch.randn(4, 2), torch.zeros(2), torch.ones(2), edits=0)
+    mean = torch.zeros(2)
+    gm(torch.ones(4, 2), mean, torch.ones(2))
+    assert mean.eq(0.1).all()
+
+
 def test_gradient_mode_switches_stay():
     def f(x):
         with torch.no_grad():

@@ -90,7 +90,7 @@ class _Run:
                 self.step(0)
         except Exception:
             return None
-        return counter.count
+        return int(counter.count)
 
 
 def build(case: Case) -> nn.Module:

@@ -129,7 +129,7 @@ def _read(module: nn.Module, call: Call, outputs: Any, loss: Tensor) -> Reading:
         reading[f"gradient {name}"] = parameter.grad
     reading["generator torch"] = torch.get_rng_state()
     reading["generator python"] = hash(random.getstate())
-    reading["generator numpy"] = hash(np.random.get_state()[1].tobytes())  # type: ignore[union-attr,index]
+    reading["generator numpy"] = hash(np.random.get_state()[1].tobytes())  # type: ignore[index]
     return {name: _kept(value) for name, value in reading.items()}
 
 

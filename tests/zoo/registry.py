@@ -106,12 +106,13 @@ def all_cases() -> dict[str, Case]:
 
 def select(which: str) -> dict[str, Case]:
     """Return the cases of a set (``quick``, ``public``, ``hard``, ``all``) or of a name glob."""
-    chosen = {
+    sets: dict[str, Callable[[Case], bool]] = {
         "all": lambda c: True,
         "quick": lambda c: c.is_quick,
         "hard": lambda c: "hard" in c.tags,
         "public": lambda c: "hard" not in c.tags,
-    }.get(which, lambda c: fnmatch.fnmatchcase(c.name, which))
+    }
+    chosen = sets.get(which, lambda c: fnmatch.fnmatchcase(c.name, which))
     found = {name: case for name, case in all_cases().items() if chosen(case)}
     if not found:
         raise KeyError(f"no case in set {which!r}, and no case is named so")

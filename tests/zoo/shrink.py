@@ -174,7 +174,7 @@ def shrunk(config_class: type, size: Size, **fixed: Any) -> Any:
 def _overrides(config_class: type, default: Any, size: Size) -> Iterator[tuple[str, Any]]:
     from transformers import PreTrainedConfig
 
-    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+    for field in dataclasses.fields(config_class):
         value = _value(default, field.name)
         if isinstance(value, PreTrainedConfig) and value.model_type == "timm_backbone":
             yield field.name, _resnet(len(value.out_indices or [4]))
@@ -210,8 +210,9 @@ def _resnet(outputs: int) -> Any:
     from transformers import ResNetConfig
 
     stages = [f"stage{i}" for i in range(5 - outputs, 5)]
-    sizes = {"embedding_size": 16, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1]}
-    return ResNetConfig(out_features=stages, **sizes)
+    sizes: dict[str, Any] = {"embedding_size": 16, "hidden_sizes": [16, 16, 32, 32]}
+    sizes |= {"depths": [1, 1, 1, 1], "out_features": stages}
+    return ResNetConfig(**sizes)
 
 
 def _value(config: Any, name: str) -> Any:

@@ -40,7 +40,7 @@ def under_autocast(model: nn.Module, precision: str = "bf16") -> nn.Module:
         with torch.autocast("cpu", DTYPES[precision]):
             return plain(*args, **kwargs)
 
-    model.forward = forward  # type: ignore[method-assign]
+    model.forward = forward
     return model
 
 

@@ -35,9 +35,9 @@ def model_types() -> list[str]:
 
 
 def _config_names() -> dict[str, str]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto import configuration_auto
 
-    return dict(CONFIG_MAPPING_NAMES)
+    return dict(vars(configuration_auto)["CONFIG_MAPPING_NAMES"])
 
 
 @functools.cache
@@ -81,7 +81,7 @@ def candidates(model_type: str) -> Iterator[Case]:
             )
             failures.clear()
     if failures:
-        yield Case(f"hf:{model_type}", functools.partial(_raise, failures[-1]), Call)
+        yield Case(f"hf:{model_type}", functools.partial(_raise, failures[-1]), lambda b: Call())
 
 
 def _raise(failure: Exception) -> Any:
@@ -128,4 +128,5 @@ def build(model_type: str, class_name: str, size: Size) -> nn.Module:
     """Return a small model of a class of transformers with random weights."""
     from transformers import CONFIG_MAPPING
 
-    return _class(class_name)(shrunk(CONFIG_MAPPING[model_type], size))
+    model: nn.Module = _class(class_name)(shrunk(CONFIG_MAPPING[model_type], size))
+    return model

@@ -15,7 +15,8 @@ from .torchvision_standin import import_timm
 
 def make(architecture: str, **options: Any) -> nn.Module:
     """Return a model of timm by its name, with five classes and random weights."""
-    return import_timm().create_model(architecture, pretrained=False, num_classes=5, **options)
+    model: nn.Module = import_timm().create_model(architecture, num_classes=5, **options)
+    return model
 
 
 def pictures(batch: int, size: int) -> Call:
@@ -36,7 +37,8 @@ def make_class(path: str, block: str = "", **options: Any) -> nn.Module:
     module = importlib.import_module(f"timm.models.{home}")
     if block:
         options["block_layer"] = getattr(module, block)
-    return getattr(module, name)(num_classes=5, **options)
+    model: nn.Module = getattr(module, name)(num_classes=5, **options)
+    return model
 
 
 def timm_class(name: str, path: str, size: int = 64, **options: Any) -> Case:
@@ -53,7 +55,7 @@ _SWIN: dict[str, Any] = {
     "img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (1, 2),
     "num_heads": (2, 4),
 }  # fmt: skip
-_DROP = {"drop_path_rate": 0.2, "drop_rate": 0.1}
+_DROP: dict[str, Any] = {"drop_path_rate": 0.2, "drop_rate": 0.1}
 
 CASES = (
     quick(timm("resnet", "resnet10t")),

@@ -76,7 +76,7 @@ class _Stub(types.ModuleType):
 def _stub_modules() -> dict[str, types.ModuleType]:
     stubs: dict[str, types.ModuleType] = {name: _Stub(name) for name in _MODULES}
     for name, stub in stubs.items():
-        stub.__path__ = []  # type: ignore[attr-defined]  # a package, whose submodules are below
+        stub.__path__ = []  # a package, whose submodules are below
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(stubs[parent], child, stub)
