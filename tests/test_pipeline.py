@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 
+import mpgraph
 from mpgraph import ir, pipeline
 from mpgraph.errors import PolicyError, VerificationError
 from mpgraph.graph_text import text
@@ -233,3 +235,55 @@ def test_every_pass_is_named_like_its_function_and_file():
         assert p.name == p.run.__name__ == p.run.__module__.rpartition(".")[2]
         assert p.run.__doc__
         assert "``" in p.run.__doc__ or "Erase" in p.run.__doc__
+
+
+# --- Whole models, as files that a reviewer can read ------------------------------------------
+
+
+class Block(nn.Module):
+    """A tiny pre-norm transformer block with tied embeddings."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = nn.Embedding(11, 8)
+        self.norm, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.qkv, self.out = nn.Linear(8, 24, bias=False), nn.Linear(8, 8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, ids):
+        x = self.tokens(ids)
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (q, k, v))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        x = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return F.log_softmax(F.linear(x, self.tokens.weight), -1).mean()
+
+
+class ConvNet(nn.Module):
+    """Convolutions with batch normalisation, a residual and a pooled classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.Conv2d(4, 4, 1)
+        self.norm, self.norm2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, image):
+        x = F.relu_(self.norm(self.one(image)))
+        x = F.max_pool2d(x + self.norm2(self.two(x)), 2)
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1)).softmax(-1)
+
+
+MODELS = {
+    "transformer": (Block, lambda: torch.arange(10).view(2, 5)),
+    "conv_net": (ConvNet, lambda: torch.ones(2, 3, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("policy", ["default", "lean", "autocast-cpu"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_whole_model_is_rewritten_as_in_the_file(name, policy, golden):
+    make, example = MODELS[name]
+    model = mpgraph.convert(make(), "bf16", policy=policy, example_inputs=(example(),))
+    golden(f"{name}_{policy}", text(model))
