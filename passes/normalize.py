@@ -35,7 +35,9 @@ def normalize(graph: fx.Graph, context: PassContext) -> int:
     inside it carries the region in ``meta["region"]``, which ``assign_dtypes`` honours. Other
     sub-graphs (``cond``, ``while_loop``) stay sub-graphs, and are normalized too.
     """
-    for body in ir.all_graphs(graph.owning_module):
+    owner = graph.owning_module
+    assert owner is not None
+    for body in ir.all_graphs(owner):
         _register_users(body.graph)
     return _normalize(graph, context, context.grad)
 

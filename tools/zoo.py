@@ -46,18 +46,26 @@ STYLES = {"bitwise": "green", "close": "yellow", "eager-fails": "dim"}
 
 
 class Worker:
-    """A process that checks one model after the other; see tests/zoo/worker.py."""
+    """A process that checks one model after the other; see tests/zoo/worker.py.
 
-    def __init__(self) -> None:
+    It is started anew if it ends, which it should not: what it had to say is in the log.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            text=True,
-        )
+        with self.log.open("a") as log:
+            return subprocess.Popen(
+                [sys.executable, __file__, "worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                text=True,
+            )
 
     def check(self, request: worker.Request) -> Record:
         """Return the outcome of one request."""
@@ -66,10 +74,13 @@ class Worker:
         self.process.stdin.write(json.dumps(dataclasses.asdict(request)) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError("the worker process ended: run one model alone to see why")
-        record: Record = json.loads(answer)
-        return record
+        if answer:
+            record: Record = json.loads(answer)
+            return record
+        status = self.process.wait()
+        self.process = self._start()
+        cause = f"the worker ended with status {status}, see {self.log.name}"
+        return {"name": request.name, "verdict": "error", "cause": cause}
 
     def close(self) -> None:
         """End the process."""
@@ -89,7 +100,7 @@ def check_all(names: Sequence[str], arguments: argparse.Namespace, store: Store)
         return
     digest, logs = source_digest(), OUTPUT / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    work = Worker()
+    work = Worker(logs / f"worker-{os.getpid()}.txt")
     try:
         with _progress(console) as progress:
             task = progress.add_task("", total=len(due))

@@ -38,7 +38,8 @@ class Request:
 def serve(requests: TextIO, answers: TextIO) -> None:
     """Answer requests until there are no more."""
     _preload()
-    for line in requests:
+    # Not `for line in requests`, which reads ahead: the child would find it in the buffer.
+    while line := requests.readline():
         request = Request(**json.loads(line))
         answers.write(json.dumps(run_in_child(request)) + "\n")
         answers.flush()
