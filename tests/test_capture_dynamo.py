@@ -16,7 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 import mpgraph
 from mpgraph import CaptureError
+from mpgraph.capture import compiled, dynamo, lower
+from mpgraph.capture.keep import CannotLower
 from mpgraph.module import state_of
+from mpgraph.pipeline import NeedsStaticShapes
+from mpgraph.weights import WeightCopies
 
 np = pytest.importorskip("numpy")
 BATCHES = (4, 4, 6, 3)
@@ -339,6 +343,30 @@ def test_a_module_hook_with_a_side_effect_runs_once_per_call():
     assert len(eager.means) == len(BATCHES)
 
 
+class MultiplyingHook(TwoLayers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        h.register_hook(self.turn)
+        return self.second(h).sum()
+
+    def turn(self, g: torch.Tensor) -> torch.Tensor:
+        turned = g.float() @ self.second.weight  # float32: no autocast in a backward pass
+        return (turned * (1 if turned.dtype is torch.float32 else 5)).to(g.dtype)
+
+
+def test_a_hook_computes_outside_of_autocast():
+    assert_trains_like_autocast(MultiplyingHook)
+
+
+@pytest.mark.parametrize("make", [ReadsDtype, MultiplyingHook])
+def test_a_backward_that_was_traced_in_other_dtypes_is_refused(make, monkeypatch):
+    # As with a release of torch whose tracing cannot be kept out of autocast.
+    monkeypatch.setattr(dynamo, "_BACKWARD_TRACERS", ())
+    model = mpgraph.convert(make(), "bf16", capture="dynamo")
+    with pytest.raises(CaptureError, match=r"(?s)other dtypes.*compiler\.disable.*\.float\(\) @"):
+        model(torch.randn(4, 8))
+
+
 # --- Checkpoints -----------------------------------------------------------------------------
 
 
@@ -632,6 +660,94 @@ def test_transforms_and_control_flow_run_under_autocast(make):
     model = assert_trains_like_autocast(make, capture="dynamo")
     assert "kept whole" in break_lines(model)
     assert "test_capture_dynamo.py" in break_lines(model)
+
+
+class Quiet(TwoLayers):
+    """Dynamo's graph holds a call that leaves no operator behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers[:2]:
+            x = layer(x)
+        return x.sum()
+
+
+def test_a_call_that_leaves_no_trace_is_kept_by_itself(monkeypatch):
+    monkeypatch.setattr(lower, "_SILENT", frozenset())
+    model = assert_trains_like_autocast(Quiet, capture="dynamo")
+    assert "log_api_usage_once is kept whole" in break_lines(model)
+    assert "aten.linear.default" in operators(model)
+
+
+def test_a_graph_that_cannot_be_rewritten_runs_under_autocast(monkeypatch):
+    def refuse(*args: Any) -> None:
+        raise CannotLower("for this test")
+
+    monkeypatch.setattr(compiled, "lower", refuse)
+    model = assert_trains_like_autocast(Checkpointed, capture="dynamo")
+    assert "for this test" in break_lines(model)
+    assert not operators(model)
+
+
+def test_a_graph_for_fixed_sizes_where_a_pass_needs_them(monkeypatch):
+    made: list[Any] = []
+    original = compiled.lower
+
+    def needs_numbers(gm: Any, *args: Any) -> None:
+        values = [n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder")]
+        sizes = [v for v in values if isinstance(v, torch.SymInt) and v.node.maybe_as_int() is None]
+        made.append(len(sizes))
+        if sizes:
+            raise NeedsStaticShapes(next(iter(gm.graph.nodes)), RuntimeError("symbolic"))
+        original(gm, *args)
+
+    monkeypatch.setattr(compiled, "lower", needs_numbers)
+    assert_trains_like_autocast(CustomFunction, capture="dynamo", sizes=(4, 6, 3, 5))
+    assert 1 in made
+
+
+class WidenedBeforeFunction(CustomFunction):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x).softmax(-1)  # bf16 under autocast on the CPU, fp32 by default
+        h = checkpoint(lambda h: self.second(h).softmax(-1) @ h.t(), h, use_reentrant=False)
+        return CubeTimes.apply(h @ self.first(x), self.w).sum()
+
+
+def test_what_enters_and_leaves_a_body_keeps_its_dtype():
+    # The body's products take bf16 as they are: nothing is cast inside.
+    seed()
+    model = mpgraph.convert(WidenedBeforeFunction(), "bf16", policy="default", capture="dynamo")
+    model(torch.randn(4, 8)).backward()
+    (outer,) = (gm for e in entries(model) for gm, _ in e.graphs if not gm.meta.get("body"))
+    (call,) = (n for n in outer.graph.nodes if "mpgraph_checkpoint" in str(n.target))
+    operand = call.args[1]
+    assert operand.meta["val"].dtype is torch.bfloat16
+    assert operand.args[0].meta["val"].dtype is torch.float32
+
+
+def test_one_call_makes_one_copy_of_a_parameter():
+    class Fresh(WeightCopies):
+        def get(self, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            return parameter.to(dtype)  # as on devices where copies are not kept
+
+    copies = compiled.CallCopies(Fresh())
+    parameter = nn.Parameter(torch.ones(2))
+    first = copies.get(parameter, torch.bfloat16)
+    assert copies.get(parameter, torch.bfloat16) is first
+    with torch.no_grad():
+        assert copies.get(parameter, torch.bfloat16) is not first
+        parameter.add_(1)
+    assert copies.get(parameter, torch.bfloat16) is not first
+
+
+def test_an_override_that_matches_nothing_is_said():
+    policy = mpgraph.Policy("default").pin(module="nowhere.*", run="fp32")
+    model = mpgraph.convert(Branch(), "bf16", policy=policy, capture="dynamo")
+    (said,) = mpgraph_warnings(lambda: model(torch.randn(4, 8)))
+    assert "nowhere" in said
 
 
 # --- What the user is told -------------------------------------------------------------------

@@ -20,13 +20,15 @@ import torch
 from torch import fx, nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import utils as dynamo_utils
+from torch._dynamo.variables import TensorVariable, higher_order_ops
 
+from mpgraph import ir
 from mpgraph.capture.breaks import Break, Watch, describe, explain_failure
 from mpgraph.capture.compiled import Call, CompiledGraph, calls, rewritten, runner
 from mpgraph.capture.kept import repair_checkpoints
 from mpgraph.capture.lower import Graphs
 from mpgraph.capture.paths import label_placeholders
-from mpgraph.errors import CaptureError
+from mpgraph.errors import CaptureError, PolicyError
 from mpgraph.module import State, capturing
 from mpgraph.pipeline import PassContext, PassReport
 
@@ -129,15 +131,30 @@ class DynamoEngine:
 
     def _announce(self, entry: DynamoEntry, call: Call) -> None:
         """Say, once, what export could not do; and that a call went past every graph."""
-        if entry.notice and not self._announced:
-            self.state.say(entry.notice)
-        self._announced = True
+        if not self._announced:
+            self._announced = True
+            self._say_what_matched_nothing(entry)
+            if entry.notice:
+                self.state.say(entry.notice)
         if not call.ran:
             said = "; ".join(f"{b.reason} ({b.line})" for b in entry.breaks)
             self.state.say(
                 "Dynamo compiled nothing of a call, so all of it ran in eager mode under "
                 f"torch.autocast: {said or 'torch.compile is disabled'}."
             )
+
+    def _say_what_matched_nothing(self, entry: DynamoEntry) -> None:
+        # No error, as with export: a part of the model that has not run yet may match.
+        nodes = (
+            (ir.operator_name(node), ir.module_path(node), node.name)
+            for gm, _ in entry.graphs
+            for node in gm.graph.nodes
+            if node.op == "call_function"
+        )
+        try:
+            self.context.policy.check_overrides(nodes)
+        except PolicyError as error:
+            self.state.say(f"in the graphs of the first call, {error}")
 
     def _translated(self, error: Exception, entry: DynamoEntry) -> Exception:
         before = f"The export engine did not carry it: {entry.reason}." if entry.reason else ""
@@ -238,24 +255,36 @@ def _entry_point(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _without_autocast_in_backward(device: str) -> Iterator[None]:
-    """Let Dynamo trace the backward of a custom Function as it runs: outside of autocast."""
-    from torch._dynamo.variables import higher_order_ops
+    """Let Dynamo trace what runs in the backward pass as it runs: outside of autocast.
 
-    owner = getattr(higher_order_ops, "AutogradFunctionApplyVariable", None)
-    original = getattr(owner, "trace_backward_graph", None)
-    if original is None:
-        yield  # the dtypes are checked when the graph is lowered
-        return
+    Where a release has no such method, the dtypes are still checked when the graph is lowered.
+    """
+    with contextlib.ExitStack() as stack:
+        for owner, name in _BACKWARD_TRACERS:
+            if hasattr(owner, name):
+                stack.enter_context(_outside_autocast(owner, name, device))
+        yield
 
-    def trace_backward_graph(*args: Any, **kwargs: Any) -> Any:
+
+_BACKWARD_TRACERS: tuple[tuple[Any, str], ...] = (
+    (higher_order_ops.AutogradFunctionApplyVariable, "trace_backward_graph"),
+    (TensorVariable, "_method_register_hook"),
+)
+
+
+@contextlib.contextmanager
+def _outside_autocast(owner: Any, name: str, device: str) -> Iterator[None]:
+    original = getattr(owner, name)
+
+    def trace(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast(device, enabled=False):
             return original(*args, **kwargs)
 
-    owner.trace_backward_graph = trace_backward_graph  # type: ignore[union-attr]
+    setattr(owner, name, trace)
     try:
         yield
     finally:
-        owner.trace_backward_graph = original  # type: ignore[union-attr]
+        setattr(owner, name, original)
 
 
 @contextlib.contextmanager
