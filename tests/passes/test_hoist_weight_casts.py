@@ -86,7 +86,7 @@ def test_the_first_of_many_uses_is_hoisted():
 
 @pytest.mark.parametrize(
     "earlier",
-    [lambda w: (w.sin(), w.cos()), lambda w: (w * w,), lambda w: (F.cosine_similarity(w, w.T),)],
+    [lambda w: (w.sin(), w.cos()), lambda w: (w * w,), lambda w: (w.nanmean(),)],
     ids=["two uses", "twice in one", "a composite"],
 )
 def test_three_gradients_keep_their_order(earlier):
@@ -106,7 +106,7 @@ def test_two_casts_of_one_parameter_stay():
 def test_a_parameter_that_the_graph_writes_to_stays():
     def f(x, w):
         with torch.no_grad():
-            w.clamp_(-1, 1)
+            w[0:1].clamp_(-1, 1)
         return F.linear(cast(x, bf16), cast(w, bf16))
 
     gm = graph_of(f, torch.randn(2, 3), parameter(3, 3))

@@ -119,7 +119,7 @@ def test_a_write_through_a_view_keeps_both():
 def test_after_a_write_sharing_starts_anew():
     def f(x):
         one = cast(x, bf16).cos()
-        x.mul_(2)
+        x[0:1].mul_(2)
         return one, cast(x, bf16).cos(), cast(x, bf16).tan()
 
     check_pass(share_casts, f, torch.randn(4), edits=1, grad=False)

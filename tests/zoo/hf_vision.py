@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .hf import LENGTH, LLAMA_LIKE, WORDS, hf, words
+from .hf import LENGTH, LLAMA_LIKE, WORDS, hf, padding_mask, words
 from .registry import Call, call, quick
 
 VIT_LIKE = {
@@ -70,8 +70,14 @@ def images_in_text(batch: int) -> Call:
     labels = tokens.masked_fill(tokens == IMAGE_TOKEN, -100)
     return call(
         input_ids=tokens, pixel_values=pictures(batch), labels=labels,
-        attention_mask=torch.ones_like(tokens),
+        attention_mask=padding_mask(batch, 16 + LENGTH),
     )  # fmt: skip
+
+
+def images_in_unpadded_text(batch: int) -> Call:
+    """Return the same with an attention mask that hides nothing."""
+    kwargs = dict(images_in_text(batch).kwargs)
+    return call(**kwargs | {"attention_mask": torch.ones_like(kwargs["attention_mask"])})
 
 
 def images_in_typed_text(batch: int) -> Call:
@@ -86,8 +92,14 @@ def documents(batch: int) -> Call:
     boxes = torch.randint(0, 500, (batch, LENGTH, 4)).sort(-1).values
     return call(
         input_ids=words(batch), bbox=boxes, pixel_values=pictures(batch),
-        labels=torch.randint(0, 2, (batch, LENGTH)),
+        labels=torch.randint(0, 2, (batch, LENGTH)), attention_mask=padding_mask(batch),
     )  # fmt: skip
+
+
+def unpadded_documents(batch: int) -> Call:
+    """Return the same without an attention mask."""
+    kwargs = dict(documents(batch).kwargs)
+    return call(**{k: v for k, v in kwargs.items() if k != "attention_mask"})
 
 
 def boxes(batch: int) -> list[dict[str, torch.Tensor]]:
@@ -141,6 +153,20 @@ _WHISPER = {
 _GEMMA_TEXT = {**LLAMA_LIKE, "model_type": "gemma", "head_dim": 8}
 _SIGLIP = {**VIT_LIKE, "model_type": "siglip_vision_model", "vision_use_head": False}
 
+_LLAVA = {
+    "text_config": {**LLAMA_LIKE, "model_type": "llama"},
+    "vision_config": {**VIT_LIKE, "model_type": "clip_vision_model"},
+    "image_token_index": IMAGE_TOKEN, "image_token_id": IMAGE_TOKEN, "vision_feature_layer": -1,
+}  # fmt: skip
+_LAYOUT = {
+    **_CLIP_TEXT, "coordinate_size": 6, "shape_size": 4, "input_size": 32, "patch_size": 8,
+    "max_2d_position_embeddings": 512, "rel_pos_bins": 8, "rel_2d_pos_bins": 8,
+}  # fmt: skip
+_NO_MASK = (
+    "transformers leaves out an attention mask that hides nothing, but not while it is traced: "
+    "it would have to read the mask's values"
+)
+
 CASES = (
     quick(hf("vit", "ViTConfig", "ViTForImageClassification", labelled_images, VIT_LIKE)),
     hf("deit", "DeiTConfig", "DeiTForImageClassification", labelled_images, VIT_LIKE),
@@ -168,9 +194,9 @@ CASES = (
         "decoder_intermediate_size": 32, "norm_pix_loss": True}),
     hf("clip", "CLIPConfig", "CLIPModel", captioned_images,
        {"text_config": _CLIP_TEXT, "vision_config": CLIP_VISION, "projection_dim": 16}),
-    hf("layoutlmv3", "LayoutLMv3Config", "LayoutLMv3ForTokenClassification", documents,
-       {**_CLIP_TEXT, "coordinate_size": 6, "shape_size": 4, "input_size": 32, "patch_size": 8,
-        "max_2d_position_embeddings": 512, "rel_pos_bins": 8, "rel_2d_pos_bins": 8}),
+    hf("layoutlmv3", "LayoutLMv3Config", "LayoutLMv3ForTokenClassification", documents, _LAYOUT),
+    hf("layoutlmv3-unpadded", "LayoutLMv3Config", "LayoutLMv3ForTokenClassification",
+       unpadded_documents, _LAYOUT, known_difference=_NO_MASK),
     hf("whisper", "WhisperConfig", "WhisperForConditionalGeneration", spectrograms, _WHISPER),
     hf("patchtsmixer", "PatchTSMixerConfig", "PatchTSMixerForPrediction", series,
        {"context_length": 32, "patch_length": 8, "patch_stride": 8, "d_model": 8,
@@ -178,9 +204,7 @@ CASES = (
     hf("paligemma", "PaliGemmaConfig", "PaliGemmaForConditionalGeneration", images_in_typed_text,
        {"text_config": _GEMMA_TEXT, "vision_config": _SIGLIP, "projection_dim": 32,
         "image_token_index": IMAGE_TOKEN, "image_token_id": IMAGE_TOKEN}),
-    hf("llava", "LlavaConfig", "LlavaForConditionalGeneration", images_in_text,
-       {"text_config": {**LLAMA_LIKE, "model_type": "llama"},
-        "vision_config": {**VIT_LIKE, "model_type": "clip_vision_model"},
-        "image_token_index": IMAGE_TOKEN, "image_token_id": IMAGE_TOKEN,
-        "vision_feature_layer": -1}),
+    hf("llava", "LlavaConfig", "LlavaForConditionalGeneration", images_in_text, _LLAVA),
+    hf("llava-unpadded", "LlavaConfig", "LlavaForConditionalGeneration", images_in_unpadded_text,
+       _LLAVA, known_difference=_NO_MASK),
 )  # fmt: skip

@@ -240,6 +240,27 @@ class LinearAlgebra(nn.Module):
         }
 
 
+class HiddenProducts(nn.Module):
+    """Operators that are matrix products inside, whatever they are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(8) + 0.1 * torch.randn(8, 8))
+        self.kernel = nn.Parameter(torch.randn(3, 8, 5) * 0.2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        w = self.weight
+        return {
+            "inner": torch.inner(x, w),
+            "vecdot": torch.linalg.vecdot(x[:, None], w),
+            "cov": torch.cov(w),
+            "corrcoef": torch.corrcoef(w),
+            "conv_tbc": torch.conv_tbc(x.expand(4, *x.shape), self.kernel, w[0, :5]),
+            "bilinear": F.bilinear(x, x.tanh(), w[:, :, None] * w),
+            "affine_grid": F.affine_grid(w[:, :6].reshape(8, 2, 3), [8, 1, 4, 4], False),
+        }
+
+
 class KeywordOnly(nn.Module):
     """Keyword-only and default arguments, one of them a flag, one absent."""
 
@@ -383,6 +404,7 @@ CASES = (
     Case("mutates-input", MutatesInput, vectors),
     quick(Case("indexing", Indexing, _indexed)),
     Case("linear-algebra", LinearAlgebra, lambda b: vectors(b, 8)),
+    Case("hidden-products", HiddenProducts, lambda b: vectors(b, 8)),
     quick(Case("keyword-only", KeywordOnly, _keywords)),
     Case("tensor-list", TensorList, _parts),
     Case("variable-arguments", VariableArguments, _variable),

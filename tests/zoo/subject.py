@@ -59,7 +59,9 @@ def facts_of(converted: nn.Module) -> Facts:
         import mpgraph
 
         report = mpgraph.explain(converted)
-        first = [graph for graph in report.graphs if graph.label == report.graphs[0].label]
+        # The parts of one call, where the graph breaks, are numbered at the end of its label.
+        calls = [graph.label.partition(", part ")[0] for graph in report.graphs]
+        first = [g for g, call in zip(report.graphs, calls, strict=True) if call == calls[0]]
         return Facts(
             engine="+".join(sorted({graph.engine for graph in report.graphs})) or None,
             graphs=len(report.graphs),

@@ -30,13 +30,17 @@ def timm(name: str, architecture: str, size: int = 64, **options: Any) -> Case:
     return Case(f"timm-{name}", model, functools.partial(pictures, size=size))
 
 
-def make_class(path: str, block: str = "", **options: Any) -> nn.Module:
-    """Return a model from its class, where the named architectures fix all sizes."""
+def make_class(path: str, **options: Any) -> nn.Module:
+    """Return a model from its class, where the named architectures fix all sizes.
+
+    An option ``…_layer`` names a class of the same module.
+    """
     import_timm()
     home, name = path.split(".")
     module = importlib.import_module(f"timm.models.{home}")
-    if block:
-        options["block_layer"] = getattr(module, block)
+    for option, value in options.items():
+        if option.endswith("_layer"):
+            options[option] = getattr(module, value)
     model: nn.Module = getattr(module, name)(num_classes=5, **options)
     return model
 
@@ -84,7 +88,8 @@ CASES = (
     timm("nfnet", "nfnet_f0", depths=(1, 1, 1, 1), channels=(64, 64, 128, 128),
          group_size=32, stem_type="3x3"),
     timm_class("mlp-mixer", "mlp_mixer.MlpMixer", 32, **_MIXER),
-    timm_class("gmlp", "mlp_mixer.MlpMixer", 32, block="SpatialGatingBlock", mlp_ratio=4, **_MIXER),
+    timm_class("gmlp", "mlp_mixer.MlpMixer", 32, block_layer="SpatialGatingBlock", mlp_ratio=4,
+               mlp_layer="GatedMlp", **_MIXER),
     timm("mobilevit", "mobilevit_xxs"),
     timm("mobilevitv2", "mobilevitv2_050"),
     timm("regnet", "regnety_002"),
