@@ -18,7 +18,8 @@ from torch import nn
 
 from mpgraph import ir
 from mpgraph.capture.captured import Captured, slots_of
-from mpgraph.errors import CaptureError, MPGraphError, PrecisionError
+from mpgraph.errors import CaptureError, MPGraphError
+from mpgraph.module_tree import ModuleTree
 from mpgraph.pipeline import PassContext, PassReport
 from mpgraph.policy import Policy
 from mpgraph.precision import Precision
@@ -152,7 +153,7 @@ class State:
 
     def _reset(self) -> None:
         self._by_key: dict[Any, list[Any]] = {}
-        self._tree: _Tree | None = None
+        self._tree: ModuleTree | None = None
         self._signature: _Signature | None = None
         self._said: set[str] = set()
         self.dynamo: Any = None
@@ -206,29 +207,46 @@ class State:
         if self._tree is None or not self._tree.is_current():
             self._by_key.clear()
             self.dynamo = None
-            self._tree = _Tree(model)
-        self._tree.check_dtypes(self.settings)
-        key = (
+            self._tree = ModuleTree(model)
+        if not self.settings.precision.pure:
+            self._tree.check_dtypes()
+        key = self._key(model, leaves, spec)
+        entries = self._by_key.get(key, [])
+        for entry in entries:
+            if entry.accepts(leaves):
+                return entry
+        entry = self._capture(model, leaves, spec, entries)
+        # Anew, because a first call may have set something up, such as hooks.
+        key = self._key(model, leaves, spec, guarded=entry.engine == "dynamo")
+        self._by_key.setdefault(key, []).append(entry)
+        return entry
+
+    def _key(
+        self, model: nn.Module, leaves: list[Any], spec: Spec, *, guarded: bool = False
+    ) -> Any:
+        """What calls of one kind have in common; Dynamo guards the attributes that it reads."""
+        assert self._tree is not None
+        guarded = guarded or self._is_carried_by_dynamo(model)
+        return (
             spec,
             tuple([_describe(leaf) for leaf in leaves]),
             self._tree.training(),
             torch.is_grad_enabled(),
+            None if guarded else self._tree.version(),
         )
-        entries = self._by_key.get(key)
-        if entries is None:
-            entries = self._by_key[key] = []
-        for entry in entries:
-            if entry.accepts(leaves):
-                return entry
-        return self._capture(model, leaves, spec, entries)
+
+    def _is_carried_by_dynamo(self, model: nn.Module) -> bool:
+        if self.dynamo is None:
+            return False
+        from mpgraph.capture.dynamo import is_carried
+
+        return is_carried(self, model)
 
     def _capture(self, model: nn.Module, leaves: list[Any], spec: Spec, entries: list[Any]) -> Any:
         from mpgraph.capture.engines import capture_call
 
         self._refuse_growth()
-        entry = capture_call(self, model, leaves, spec, entries)
-        entries.append(entry)
-        return entry
+        return capture_call(self, model, leaves, spec, entries)
 
     def _refuse_growth(self) -> None:
         count, limit = len(self.specialisations()), self.settings.max_graphs
@@ -349,45 +367,6 @@ def _is_default(value: Any, default: Any) -> bool:
         and type(value) is type(default)
         and value == default
     )
-
-
-class _Tree:
-    """The modules below a model as they were at capture: structure, modes and dtypes."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = list(model.modules())
-        self._children = [
-            (m._modules, list(m._modules.values())) for m in self.modules if m._modules
-        ]
-        self._parameters = [
-            (m._parameters, name, parameter, path)
-            for path, m in model.named_modules()
-            for name, parameter in m._parameters.items()
-            if parameter is not None
-        ]
-
-    def is_current(self) -> bool:
-        """Whether no module has been added, removed or replaced since."""
-        return all(list(now.values()) == then for now, then in self._children)
-
-    def training(self) -> tuple[bool, ...]:
-        """The training flag of every module."""
-        return tuple([module.training for module in self.modules])
-
-    def check_dtypes(self, settings: Settings) -> None:
-        """Refuse parameters that lost their float32 masters after conversion."""
-        if settings.precision.pure:
-            return
-        for owner, name, _, path in self._parameters:
-            parameter = owner.get(name)
-            if parameter is not None and parameter.dtype in (torch.bfloat16, torch.float16):
-                full = f"{path}.{name}" if path else name
-                raise PrecisionError(
-                    f"parameter {full!r} is now {ir.short_name(parameter.dtype)}, but this model "
-                    f"was converted to {settings.precision.name} with float32 masters: updates "
-                    "would be rounded away. Load or move the model without changing its dtype "
-                    "(load_state_dict without assign=True keeps float32)."
-                )
 
 
 def make_specialisation(

@@ -202,6 +202,15 @@ class CustomAmpFunction(CustomFunction):
         return self.second(AmpFunction.apply(self.first(x), self.w)).sum()
 
 
+class WeightInAndOut(CustomFunction):
+    """A parameter inside a Function and, twice, outside of it: one cast for both outside."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.linear(self.first(x), self.w)
+        h = CubeTimes.apply(h, self.w)
+        return F.linear(h, self.w).sum()
+
+
 class RoundFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -234,6 +243,7 @@ class StraightThroughData(TwoLayers):
     [
         CustomFunction,
         ReadsDtype,
+        WeightInAndOut,
         CustomAmpFunction,
         StraightThroughFunction,
     ],
@@ -588,6 +598,45 @@ def test_the_models_own_regions_are_honoured(make):
     assert_trains_like_autocast(make, capture="dynamo")
 
 
+def test_nodes_are_marked_as_the_export_engine_marks_them():
+    class Both(TwoLayers):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                x = x.cos()
+            with torch.autocast("cpu", torch.float16):
+                x = x.sin()
+            return self.first(x).sum()
+
+    def marks(capture: str) -> list[tuple[Any, ...]]:
+        model = mpgraph.convert(Both(), "bf16", capture=capture)
+        model(torch.randn(4, 8))
+        (entry,) = entries(model)
+        return [
+            (str(n.target), n.meta.get("grad", True), n.meta.get("region"), n.meta["module_path"])
+            for n in entry.graph_module.graph.nodes
+            if str(n.target).startswith("aten")
+        ]
+
+    assert marks("dynamo") == marks("export")
+    assert marks("dynamo")[0][1] is False
+
+
+def test_a_graph_that_fails_in_no_grad_leaves_gradients_on():
+    class Picks(TwoLayers):
+        def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                rows = x[index]
+            return self.first(rows)
+
+    model = mpgraph.convert(Picks(), "bf16", capture="dynamo")
+    x = torch.randn(4, 8)
+    model(x, torch.tensor([0, 1]))
+    with pytest.raises(IndexError):
+        model(x, torch.tensor([0, 9]))
+    assert torch.is_grad_enabled()
+    assert model(x, torch.tensor([0, 1])).requires_grad
+
+
 def test_calls_without_gradients():
     seed()
     eager = Branch()
@@ -860,32 +909,36 @@ def test_a_failed_export_leaves_no_trace_on_the_model():
             super().__init__()
             self.count = 0
             self.seen: list[int] = []
+            self.nested: dict[str, list[int]] = {"seen": []}
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             self.count += 1
             self.seen.append(self.count)
+            self.nested["seen"].append(self.count)
+            self.scale = random.random()
             self.last = self.first(x).detach()
             return super().forward(x)
 
     model = assert_trains_like_autocast(CountsFirst)
-    assert model.seen == [1, 2, 3, 4]
+    assert model.seen == model.nested["seen"] == [1, 2, 3, 4]
     assert type(model.last) is torch.Tensor
 
 
 def test_too_many_graphs_are_an_error_and_not_eager_mode():
-    class Specialises(TwoLayers):
-        def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-            h = self.first(x)
-            torch._dynamo.graph_break()
-            return h.reshape(-1)[: int(scale * 2)]
+    class Changes(TwoLayers):
+        scale = 1.0
 
-    model = mpgraph.convert(Specialises(), "bf16", capture="dynamo", max_graphs=4)
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.first(x).reshape(-1)[: int(self.scale)]
+
+    model = mpgraph.convert(Changes(), "bf16", capture="dynamo", max_graphs=3)
 
     def call_often() -> None:
-        for number in range(12):
-            model(torch.randn(4, 8), scale=float(number))
+        for number in range(6):
+            model.scale = f"{number}"
+            model(torch.randn(4, 8))
 
-    with pytest.raises(CaptureError, match="max_graphs"):
+    with pytest.raises(CaptureError, match=r"split this model into 3 graphs.*max_graphs"):
         call_often()
 
 

@@ -168,6 +168,8 @@ class DynamoEngine:
                 suppress_errors=False,
                 # Dynamo would turn numpy into torch, and numpy's random numbers into torch's.
                 trace_numpy=False,
+                # A counter on a module would otherwise compile the model anew at every call.
+                allow_unspec_int_on_nn_module=True,
                 fail_on_recompile_limit_hit=True,
                 # Graphs are counted per model in _compile; Dynamo counts per function of the
                 # user's source, whichever model runs it.

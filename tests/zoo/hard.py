@@ -313,6 +313,18 @@ class GaussianLoss(nn.Module):
         return F.gaussian_nll_loss(mean, x[:, : WIDTH // 2], variance.exp())
 
 
+class Covariance(nn.Module):
+    """Two of torch's own functions that compare tensors by value, matrix products inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.linear(x).float()
+        return {"covariance": torch.cov(y.T), "correlation": torch.corrcoef(y.T)}
+
+
 def _cumulative_norm() -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH, momentum=None))
 
@@ -347,6 +359,7 @@ CASES = (
     Case("numpy-round-trip", NumpyRoundTrip, vectors),
     Case("catches-exception", TriesAndRecovers, vectors),
     Case("gaussian-nll-loss", GaussianLoss, vectors),
+    Case("covariance", Covariance, vectors, batch=4, second_batch=5),
     Case("batch-norm-cumulative", _cumulative_norm, vectors),
     Case("ctc", CTC, vectors),
 )

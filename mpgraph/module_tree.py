@@ -1,0 +1,137 @@
+"""What a graph was captured from, besides its arguments: the modules and their Python state."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpgraph import ir
+from mpgraph.errors import PrecisionError
+
+_PLAIN = (
+    type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device,
+    types.FunctionType, types.BuiltinFunctionType, types.MethodType,
+)  # fmt: skip
+_OPEN = (nn.Module, torch.Tensor, type, types.ModuleType)
+_INTERNAL = frozenset(vars(nn.Module())) | {"_mpgraph"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# How far into plain objects (a model's config, and the configs inside it) attributes are read.
+_DEPTH = 2
+
+
+class ModuleTree:
+    """The modules below a model at one moment: structure, modes, and what ``forward`` may read.
+
+    A graph has the numbers, flags and strings of the capture written into it (a dropout rate, a
+    layer to skip, a field of a config). When the user changes one, the graph no longer holds.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = list(model.modules())
+        self._children = [
+            (m._modules, list(m._modules.values())) for m in self.modules if m._modules
+        ]
+        self._parameters = [
+            (m._parameters, name, path)
+            for path, m in model.named_modules()
+            for name in m._parameters
+        ]
+        self._present = self._presence()
+        self._versions: dict[Any, int] = {}
+        self._values: list[Any] = []
+        self._version = -1
+        self._collect()
+
+    def is_current(self) -> bool:
+        """Whether no module or parameter has been added, removed or replaced since."""
+        same = all(list(now.values()) == then for now, then in self._children)
+        return same and self._presence() == self._present
+
+    def _presence(self) -> list[bool]:
+        return [owner.get(name) is not None for owner, name, _ in self._parameters]
+
+    def training(self) -> tuple[bool, ...]:
+        """The training flag of every module."""
+        return tuple([module.training for module in self.modules])
+
+    def version(self) -> int:
+        """A number that stands for the plain attributes and hooks as they are now."""
+        if [len(table) for table in self._tables] != self._sizes:
+            self._collect()
+        values = [table.get(key) for table, key in self._plain]
+        values += [_frozen(table.get(key)) for table, key in self._lists]
+        values += [len(table) for table in self._hooks]
+        if values != self._values:
+            self._values = values
+            # Names of places belong to it: attributes may come and go.
+            places = tuple((id(table), key) for table, key in (*self._plain, *self._lists))
+            state = (places, tuple(map(_hashable, values)))
+            self._version = self._versions.setdefault(state, len(self._versions))
+        return self._version
+
+    def _collect(self) -> None:
+        owners = list(_tables_of(self.modules))
+        self._tables = owners
+        self._sizes = [len(table) for table in owners]
+        self._plain = list(_places(owners, lambda v: isinstance(v, _PLAIN)))
+        self._lists = list(_places(owners, _is_plain_list))
+        # The root's own hooks run around the graph, not in it.
+        self._hooks = [vars(m)[name] for m in self.modules[1:] for name in _HOOKS]
+        self._values, self._version = [], -1
+
+    def check_dtypes(self) -> None:
+        """Refuse parameters that lost their float32 masters after conversion."""
+        for owner, name, path in self._parameters:
+            parameter = owner.get(name)
+            if parameter is not None and parameter.dtype in (torch.bfloat16, torch.float16):
+                full = f"{path}.{name}" if path else name
+                raise PrecisionError(
+                    f"parameter {full!r} is now {ir.short_name(parameter.dtype)}, but this model "
+                    "was converted with float32 masters: updates would be rounded away. Load or "
+                    "move the model without changing its dtype (load_state_dict without "
+                    "assign=True keeps float32)."
+                )
+
+
+def _tables_of(modules: list[nn.Module]) -> Iterator[dict[str, Any]]:
+    """The attribute tables of the modules, and of the plain objects that they hold."""
+    seen: set[int] = set()
+    todo: list[tuple[Any, int]] = [(module, 0) for module in modules]
+    while todo:
+        owner, depth = todo.pop()
+        table = getattr(owner, "__dict__", None)
+        if not isinstance(table, dict) or id(table) in seen:
+            continue
+        seen.add(id(table))
+        yield table
+        if depth < _DEPTH:
+            values = [v for k, v in table.items() if k not in _INTERNAL]
+            todo += [(v, depth + 1) for v in values if not isinstance(v, (*_PLAIN, *_OPEN))]
+
+
+def _places(
+    tables: list[dict[str, Any]], wanted: Callable[[Any], bool]
+) -> Iterator[tuple[dict[str, Any], str]]:
+    for table in tables:
+        for key, value in table.items():
+            if key not in _INTERNAL and wanted(value):
+                yield table, key
+
+
+def _is_plain_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset)) and all(
+        isinstance(item, _PLAIN) for item in value
+    )
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple, set, frozenset)) else value
+
+
+def _hashable(value: Any) -> Any:
+    # 1, True and 1.0 are equal, and so are 0.0 and -0.0.
+    return type(value), repr(value) if isinstance(value, (float, complex, tuple)) else value
