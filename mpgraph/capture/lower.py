@@ -140,10 +140,18 @@ class _Tracer(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         tracer = _proxy_tracer()
         proxies = pytree.tree_map(functools.partial(_as_proxy, tracer), args)
-        call = tracer.create_proxy("call_function", node.target, proxies, kwargs)
+        options = {name: _plain(value) for name, value in kwargs.items()}
+        call = tracer.create_proxy("call_function", node.target, proxies, options)
         keep = ("holds", "written")
         call.node.meta.update((key, node.meta[key]) for key in keep if key in node.meta)
         return track_tensor_tree(self.examples[node], call, constant=None, tracer=tracer)
+
+
+def _plain(value: Any) -> Any:
+    """An option as a number: Dynamo then compiles again where it is another one."""
+    if isinstance(value, torch.SymBool):
+        return bool(value)
+    return int(value) if isinstance(value, torch.SymInt) else value
 
 
 def _is_silent(node: fx.Node) -> bool:
