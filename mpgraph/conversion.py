@@ -124,6 +124,12 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def _check_parameters(model: nn.Module, precision: Precision, masters: str | None) -> None:
+    lazy = [n for n, p in model.named_parameters() if torch.nn.parameter.is_lazy(p)]
+    if lazy:
+        raise PrecisionError(
+            f"parameters {', '.join(lazy[:4])} are not initialised yet (lazy modules). Call the "
+            "model once, then convert it."
+        )
     floating = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
     if not floating:
         raise PrecisionError(

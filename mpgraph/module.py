@@ -23,11 +23,12 @@ from mpgraph.module_tree import ModuleTree
 from mpgraph.pipeline import PassContext, PassReport
 from mpgraph.policy import Policy
 from mpgraph.precision import Precision
-from mpgraph.structure import Spec, flatten, unflatten
+from mpgraph.structure import Spec, flatten, same_leaves, unflatten
 from mpgraph.weights import WeightCopies
 
 STATE = "_mpgraph"
 _local = threading.local()
+_capture_lock = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +182,10 @@ class State:
     def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call: through its graph, or the user's own forward while it is captured."""
         if getattr(_local, "capturing", False):
+            self.say(
+                f"{type(model).__name__} is converted, and is part of another converted model, "
+                "whose precision and policy hold for both."
+            )
             return self.original_forward()(model, *args, **kwargs)
         arguments = self._bind(model, args, kwargs)
         leaves, spec = flatten(arguments)
@@ -204,7 +209,7 @@ class State:
         return self._signature.bind(args, kwargs)
 
     def _find(self, model: nn.Module, leaves: list[Any], spec: Spec) -> Any:
-        if self._tree is None or not self._tree.is_current():
+        if self._tree is None or not self._tree.is_current(model):
             self._by_key.clear()
             self.dynamo = None
             self._tree = ModuleTree(model)
@@ -230,6 +235,7 @@ class State:
         return (
             spec,
             tuple([_describe(leaf) for leaf in leaves]),
+            same_leaves(leaves),
             self._tree.training(),
             torch.is_grad_enabled(),
             None if guarded else self._tree.version(),
@@ -246,7 +252,9 @@ class State:
         from mpgraph.capture.engines import capture_call
 
         self._refuse_growth()
-        return capture_call(self, model, leaves, spec, entries)
+        # Tracing changes state of the whole process; one thread at a time.
+        with _capture_lock:
+            return capture_call(self, model, leaves, spec, entries)
 
     def _refuse_growth(self) -> None:
         count, limit = len(self.specialisations()), self.settings.max_graphs
@@ -288,8 +296,8 @@ class capturing:
 
 def _describe(leaf: Any) -> tuple[Any, ...]:
     if isinstance(leaf, torch.Tensor):
-        leaf_kind = leaf.requires_grad and leaf.is_leaf
-        return type(leaf), leaf.dtype, leaf.dim(), leaf.device, leaf_kind
+        gradient = (leaf.requires_grad, leaf.is_leaf)
+        return type(leaf), leaf.dtype, leaf.dim(), leaf.device, gradient, leaf.is_contiguous()
     return (type(leaf),)
 
 

@@ -32,27 +32,28 @@ class ModuleTree:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(model.modules())
-        self._children = [
-            (m._modules, list(m._modules.values())) for m in self.modules if m._modules
-        ]
+        self._children = [(m._modules, list(m._modules.values())) for m in self.modules]
         self._parameters = [
             (m._parameters, name, path)
             for path, m in model.named_modules()
             for name in m._parameters
         ]
+        self._state = [table for m in self.modules for table in (m._parameters, m._buffers)]
         self._present = self._presence()
         self._versions: dict[Any, int] = {}
         self._values: list[Any] = []
         self._version = -1
         self._collect()
+        # Not those that forward adds later: it is the one to write them.
+        self._tensors = list(_places(self._tables, lambda v: isinstance(v, torch.Tensor)))
 
-    def is_current(self) -> bool:
-        """Whether no module or parameter has been added, removed or replaced since."""
+    def is_current(self, model: nn.Module) -> bool:
+        """Whether this is the tree of ``model`` still: nothing in it has come, gone or changed."""
         same = all(list(now.values()) == then for now, then in self._children)
-        return same and self._presence() == self._present
+        return model is self.modules[0] and same and self._presence() == self._present
 
-    def _presence(self) -> list[bool]:
-        return [owner.get(name) is not None for owner, name, _ in self._parameters]
+    def _presence(self) -> list[list[str]]:
+        return [[n for n, v in table.items() if v is not None] for table in self._state]
 
     def training(self) -> tuple[bool, ...]:
         """The training flag of every module."""
@@ -64,7 +65,11 @@ class ModuleTree:
             self._collect()
         values = [table.get(key) for table, key in self._plain]
         values += [_frozen(table.get(key)) for table, key in self._lists]
+        values += [isinstance(table.get(key), torch.Tensor) for table, key in self._tensors]
         values += [len(table) for table in self._hooks]
+        for table, name, _ in self._parameters:
+            parameter = table.get(name)
+            values.append(parameter is not None and parameter.requires_grad)
         if values != self._values:
             self._values = values
             # Names of places belong to it: attributes may come and go.
@@ -103,13 +108,13 @@ def _tables_of(modules: list[nn.Module]) -> Iterator[dict[str, Any]]:
     todo: list[tuple[Any, int]] = [(module, 0) for module in modules]
     while todo:
         owner, depth = todo.pop()
-        table = getattr(owner, "__dict__", None)
+        table = owner if isinstance(owner, dict) else getattr(owner, "__dict__", None)
         if not isinstance(table, dict) or id(table) in seen:
             continue
         seen.add(id(table))
         yield table
         if depth < _DEPTH:
-            values = [v for k, v in table.items() if k not in _INTERNAL]
+            values = [v for k, v in list(table.items()) if k not in _INTERNAL]
             todo += [(v, depth + 1) for v in values if not isinstance(v, (*_PLAIN, *_OPEN))]
 
 
@@ -124,12 +129,14 @@ def _places(
 
 def _is_plain_list(value: Any) -> bool:
     return isinstance(value, (list, tuple, set, frozenset)) and all(
-        isinstance(item, _PLAIN) for item in value
+        isinstance(item, (*_PLAIN, torch.Tensor)) for item in value
     )
 
 
 def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, (list, tuple, set, frozenset)) else value
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        return value
+    return tuple([id(item) if isinstance(item, torch.Tensor) else item for item in value])
 
 
 def _hashable(value: Any) -> Any:

@@ -84,6 +84,13 @@ def unflatten(spec: Spec, leaves: Iterable[Any]) -> Any:
     return _unflatten(spec, iter(leaves))
 
 
+def same_leaves(leaves: Iterable[Any]) -> tuple[int, ...]:
+    """For every leaf the position of the first one that is the same object; () if all differ."""
+    first: dict[int, int] = {}
+    positions = [first.setdefault(id(leaf), index) for index, leaf in enumerate(leaves)]
+    return tuple(positions) if len(first) < len(positions) else ()
+
+
 def leaf_names(spec: Spec, prefix: str = "") -> Iterator[str]:
     """A readable name for every leaf, built from keys, field names and positions."""
     if isinstance(spec, Leaf):

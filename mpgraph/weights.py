@@ -9,7 +9,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _caches: weakref.WeakSet[WeightCopies] = weakref.WeakSet()
-_SAMPLES = 8
+_SAMPLES = 509
+_WHOLE = 8192
 
 
 class WeightCopies:
@@ -20,8 +21,9 @@ class WeightCopies:
 
     A copy is made again when the parameter's version counter, memory, ``requires_grad`` or
     gradient mode differ, and after every step of any ``torch.optim`` optimizer. Writes through
-    ``parameter.data`` move none of these by themselves; on the CPU a few elements are compared
-    as well, and :meth:`clear` is there for the rest. On other devices, where such a comparison
+    ``parameter.data`` move none of these by themselves; on the CPU elements are compared as well
+    (all of a small parameter, some hundreds of a large one), and :meth:`clear` is there for a
+    write to a few elements of a large one. On other devices, where such a comparison
     would wait for the device, a copy lives for one forward pass only.
     """
 
@@ -64,9 +66,22 @@ def _state(parameter: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    """A few elements spread over the parameter, as a view."""
-    flat = parameter.detach().view(-1) if parameter.is_contiguous() else parameter.detach()
-    return flat[:: max(1, flat.shape[0] // _SAMPLES)] if flat.dim() == 1 else flat[:1]
+    """All of a small parameter; of a large one, elements of every row and column, as a view."""
+    value, count = parameter.detach(), parameter.numel()
+    if count <= _WHOLE or not _is_dense(value):
+        return value
+    # An odd step walks through the columns of rows whose length is a power of two.
+    return value.as_strided((count,), (1,))[:: (count // _SAMPLES) | 1]
+
+
+def _is_dense(value: torch.Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _forget_all(*_: Any) -> None:

@@ -148,3 +148,123 @@ def test_a_tensor_that_forward_leaves_on_a_module_does_not_make_another_graph():
         out = converted(torch.randn(2, 4))
         assert torch.equal(converted.last * 2, out)
     assert len(state_of(converted).specialisations()) == 1
+
+
+class Grows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+        self.settings = {"gain": 1.0}
+        self.terms = [torch.ones(8)]
+        self.register_buffer("shift", torch.ones(8))
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        y = x @ self.weight * self.settings["gain"] + sum(self.terms)
+        if hasattr(self, "adapter"):
+            y = y + self.adapter(x)
+        if hasattr(self, "extra"):
+            y = y + self.extra
+        if self.shift is not None:
+            y = y + self.shift
+        if other is x:
+            y = y * 2
+        if x.requires_grad or self.weight.requires_grad is False:
+            y = y * 3
+        return y if x.is_contiguous() else -y
+
+
+def add_child(model: Any) -> None:
+    model.add_module("adapter", nn.Linear(8, 8))
+    nn.init.ones_(model.adapter.weight)
+    nn.init.ones_(model.adapter.bias)
+
+
+def add_parameter(model: Any) -> None:
+    model.register_parameter("extra", nn.Parameter(torch.full((8,), 3.0)))
+
+
+def set_dictionary(model: Any) -> None:
+    model.settings["gain"] = 5.0
+
+
+def set_listed_tensor(model: Any) -> None:
+    model.terms[0] = torch.full((8,), 4.0)
+
+
+def add_listed_tensor(model: Any) -> None:
+    model.terms.append(torch.full((8,), 4.0))
+
+
+def drop_buffer(model: Any) -> None:
+    model.shift = None
+
+
+def freeze(model: Any) -> None:
+    model.weight.requires_grad_(False)
+
+
+STRUCTURE = [
+    add_child, add_parameter, set_dictionary, set_listed_tensor, add_listed_tensor, drop_buffer,
+    freeze,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", STRUCTURE)
+def test_a_change_of_structure_is_seen_by_the_next_call(change: Callable[[Any], None]):
+    model = Grows()
+    converted = mpgraph.convert(copy.deepcopy(model), "bf16", policy="autocast-cpu")
+    x = torch.randn(4, 8)
+    for subject in (model, converted):
+        subject(x)
+        change(subject)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model(x)
+    got = converted(x)
+    assert torch.equal(got, want)
+    if got.requires_grad:
+        got.sum().backward()
+        assert all(p.grad is not None for p in converted.parameters())
+
+
+def test_properties_of_arguments_that_forward_may_ask_for_are_told_apart():
+    model = Grows()
+    converted = mpgraph.convert(copy.deepcopy(model), "bf16", policy="autocast-cpu")
+    x = torch.randn(8, 8)
+    calls = [
+        (x,), (x, x), (x, x.clone()), (x.t(),), (x.clone().requires_grad_() * 1,),
+    ]  # fmt: skip
+    for arguments in calls:
+        with torch.autocast("cpu", torch.bfloat16):
+            want = model(*arguments)
+        assert torch.equal(converted(*arguments), want)
+
+
+def test_a_shallow_copy_does_not_run_the_originals_weights():
+    converted = mpgraph.convert(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), "bf16")
+    x = torch.randn(4, 8)
+    before = converted(x)
+    other = copy.copy(converted)
+    other._modules = {**converted._modules, "0": nn.Linear(8, 8)}
+    assert not torch.equal(other(x), before)
+    assert torch.equal(converted(x), before)
+
+
+def test_a_generator_made_in_forward_starts_anew_at_every_call():
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + torch.rand(8, generator=torch.Generator().manual_seed(3))
+
+    converted = mpgraph.convert(Draws(), "bf16")
+    x = torch.randn(4, 8)
+    with pytest.warns(UserWarning, match="random generator"):
+        first = converted(x)
+    assert torch.equal(converted(x), first)
+
+
+def test_lazy_parameters_are_refused():
+    with pytest.raises(mpgraph.PrecisionError, match="not initialised yet"):
+        mpgraph.convert(nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(4)), "bf16")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -58,13 +59,17 @@ def watch() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_watch_functions())
         for owner, name, what in _HOOKED:
-            stack.enter_context(_replaced(owner, name, _refusal(what)))
+            stack.enter_context(_replaced(owner, name, _refusal(what, getattr(owner, name))))
         stack.enter_context(_watch_random())
         yield
 
 
-def _refusal(what: str) -> Callable[..., Any]:
+def _refusal(what: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    capturing = threading.get_ident()
+
     def refuse(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != capturing:
+            return original(*args, **kwargs)
         raise NeedsDynamo(f"{what} leaves no trace in an exported graph", user_line())
 
     return refuse
@@ -74,9 +79,12 @@ def _refusal(what: str) -> Callable[..., Any]:
 def _watch_functions() -> Iterator[None]:
     # Function.apply ends in super().apply, which this class is the first to answer; patching
     # Function.apply itself would miss every `f = MyFunction.apply` taken earlier.
+    capturing = threading.get_ident()
+
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if cls.__module__.startswith("torch._library"):
-            # The derivative of a registered custom operator: the graph holds the operator.
+        if threading.get_ident() != capturing or cls.__module__.startswith("torch._library"):
+            # Another thread's business, or the derivative of a registered custom operator: the
+            # graph holds the operator.
             return super(_SingleLevelFunction, cls).apply(*args, **kwargs)  # type: ignore[misc]
         raise NeedsDynamo(
             f"the backward of the custom autograd.Function {cls.__name__!r} would be lost",

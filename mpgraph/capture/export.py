@@ -27,7 +27,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from mpgraph import ir
 from mpgraph.capture.captured import Assignment, Captured, Slot
 from mpgraph.capture.detect import NeedsDynamo, watch
-from mpgraph.structure import Spec, flatten, opaque_values, unflatten
+from mpgraph.structure import Spec, flatten, opaque_values, same_leaves, unflatten
 
 Forward = Callable[..., Any]
 _MISSING = object()
@@ -83,6 +83,9 @@ class _FlatModule(nn.Module):
 
     def forward(self, *leaves: torch.Tensor) -> list[Any]:
         plan = self.plan
+        # Models ask `key is query`: what was one tensor for the caller is one here.
+        if same := same_leaves(plan.call.leaves):
+            leaves = tuple(leaves[index] for index in same)
         args, kwargs = unflatten(plan.call.spec, leaves)
         with _attribute_changes(plan.model) as changes, _compiling(plan.call.says_compiling):
             value = plan.forward(plan.model, *args, **kwargs)
@@ -142,17 +145,39 @@ def capture_export(
     """
     started = time.perf_counter()
     plan = _Plan(model, forward, call)
-    with _quiet(), torch.random.fork_rng(devices=[]), watch():
+    with _quiet(), torch.random.fork_rng(devices=[]), watch(), _same_containers(model):
         with autocast:
             program = _export(_FlatModule(plan), call)
     assert plan.output is not None
     gm = program.graph_module
+    _refuse_generators(gm)
     slots, constants = _slots(program, call, model)
     _annotate(gm, slots, call)
     accepts = _guards(program)
     _drop_unused_placeholders(gm)
     seconds = time.perf_counter() - started
     return Captured(gm, constants, plan.output, plan.assignments, accepts, seconds)
+
+
+@contextlib.contextmanager
+def _same_containers(model: nn.Module) -> Iterator[None]:
+    """Give every module its own lists and dicts back: torch.export leaves copies in their place."""
+    before = [(vars(m), dict(vars(m))) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for table, old in before:
+            for name, value in old.items():
+                if isinstance(value, (list, dict, set)) and name not in _MODULE_STATE:
+                    table[name] = value
+
+
+def _refuse_generators(gm: fx.GraphModule) -> None:
+    for body in ir.all_graphs(gm):
+        for node in body.graph.nodes:
+            if node.kwargs.get("generator") is not None:
+                line = ir.source_line(node)
+                raise NeedsDynamo("a random generator made in forward would be frozen", line)
 
 
 @contextlib.contextmanager
