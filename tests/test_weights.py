@@ -125,9 +125,16 @@ CHANGES = {
     "copy_ to data": lambda p: p.data.copy_(torch.full((8, 8), 3.0)),
     "data in place": lambda p: p.data.mul_(2),
     "another data": lambda p: setattr(p, "data", torch.full((8, 8), 3.0)),
+    "another data that differs in one element": lambda p: setattr(p, "data", nudged(p)),
     "nn.init": lambda p: nn.init.ones_(p),
     "numpy": lambda p: p.detach().numpy().fill(3.0),
 }
+
+
+def nudged(weight):
+    values = weight.detach().clone()
+    values[0, 3] += 1
+    return values
 
 
 def no_grad(run):
@@ -177,6 +184,8 @@ def test_a_copy_made_without_gradients_is_not_used_with_them(copies, weight):
 def test_a_copy_made_in_inference_mode_is_not_kept(copies, weight):
     with torch.inference_mode():
         assert copies.get(weight, bf16).is_inference()
+    with torch.no_grad():
+        assert not copies.get(weight, bf16).is_inference()
     assert not copies.get(weight, bf16).is_inference()
     copies.get(weight, bf16).sum().backward()
     with torch.inference_mode():

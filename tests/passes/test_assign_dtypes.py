@@ -110,6 +110,16 @@ def test_an_operator_that_writes_is_never_decided():
     assert decision(gm, torch.ops.aten.add_.Tensor).dtype is None
 
 
+def test_not_even_an_override_casts_what_is_written_to():
+    # The operator would write into the copy.
+    policy = Policy("default").pin(op="aten.relu_.default", run="fp32")
+    overrides = {"overrides": policy.overrides}
+    gm, _ = decide(
+        lambda x, w: F.linear(x, w).relu_(), torch.randn(2, 3), parameter(3, 3), policy=overrides
+    )
+    assert decision(gm, torch.ops.aten.relu_.default).dtype is None
+
+
 def test_a_reduction_s_dtype_argument_is_set():
     gm, _ = decide(lambda x: x.to(bf16).sum(-1), torch.randn(2, 3))
     found = decision(gm, torch.ops.aten.sum.dim_IntList)

@@ -7,6 +7,7 @@ from mpgraph.graph_text import text
 from mpgraph.passes.assign_dtypes import assign_dtypes
 from mpgraph.passes.insert_casts import insert_casts
 from mpgraph.pipeline import run_passes
+from mpgraph.policy import Policy
 
 from .graphs import (
     assert_same,
@@ -31,7 +32,7 @@ def decided(function, *inputs, **options):
 def check(function, *inputs, edits, expect=None, **options):
     gm, context = decided(function, *inputs, **options)
     (report,) = run_passes(gm, [insert_casts], context)
-    assert report.edits == edits, text(gm)
+    assert edits is None or report.edits == edits, text(gm)
     if expect:
         assert text(gm) == "\n".join(line.strip() for line in expect.strip().splitlines())
     return gm
@@ -125,3 +126,22 @@ def test_the_results_are_those_of_autocast():
             return f(*inputs)
 
     assert_same(results_and_grads(gm, [x, w]), results_and_grads(eager, [x, w]))
+
+
+def test_ids_are_never_cast():
+    gm = check(
+        lambda i, w: F.embedding(i, w), torch.tensor([0, 1]), parameter(3, 3), edits=1,
+        preset="lean",
+    )  # fmt: skip
+    assert [n.args[0].name for n in casts(gm)] == ["p_w"]
+
+
+def test_running_statistics_are_not_cast_whatever_the_policy_asks_for():
+    def f(x, mean, var):
+        return F.batch_norm(x, mean, var, training=True)
+
+    policy = Policy("default").pin(op="aten.batch_norm.default", run="bf16")
+    mean, var = torch.zeros(3), torch.ones(3)
+    overrides = {"overrides": policy.overrides}
+    gm = check(f, torch.randn(4, 3).to(bf16), mean, var, edits=None, policy=overrides)
+    assert {n.args[0].name for n in casts(gm)} <= {"x"}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import operator
 import warnings
 
 import torch
@@ -19,6 +20,7 @@ from .graphs import (
     check_graph,
     context_of,
     f16,
+    graph_of,
     special,
     targets,
     values_for,
@@ -252,3 +254,37 @@ def test_dropout_inside_no_grad_draws_the_same_numbers():
         return F.dropout(x @ w, 0.5, True) + noise
 
     check(f, torch.randn(8, 3), edits=1)
+
+
+def test_users_that_the_capture_forgot_are_found_again():
+    gm = graph_of(lambda x: x.sin().cos(), torch.ones(3))
+    sin, cos = [n for n in gm.graph.nodes if ir.is_operator(n)]
+    del sin.users[cos]
+    run_passes(gm, [normalize], context_of())
+    assert list(sin.users) == [cos]
+
+
+def test_a_condition_inside_a_wrapped_region_is_inside_it():
+    def f(x, flag):
+        def branch(v):
+            return (v.sin(),)
+
+        return torch.ops.higher_order.cond(flag, branch, branch, (x,))
+
+    inputs = torch.ones(3), torch.tensor(True)
+    inner, gm = graph_of(f, *inputs), graph_of(lambda x, flag: (x.cos(), flag.clone()), *inputs)
+    gm.add_module("inside", inner)
+    x, flag = gm.graph.find_nodes(op="placeholder")
+    wrap = torch.ops.higher_order.wrap_with_autocast
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        body = gm.graph.get_attr("inside")
+        call = gm.graph.call_function(wrap, ("cpu", None, False, None, body, x, flag))
+        item = gm.graph.call_function(operator.getitem, (call, 0))
+    value = x.meta["val"]
+    call.meta = {"val": (value,), "captured": (value,)}
+    item.meta = {"val": value, "captured": value}
+    gm.graph.output_node().args = ((item,),)
+    run_passes(gm, [normalize], context_of())
+    (_, body), *_ = ir.call_graphs(gm)
+    sin = next(n for n in body.graph.nodes if ir.is_operator(n))
+    assert sin.meta["region"] == ir.Region(False, None)
