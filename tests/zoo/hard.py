@@ -313,6 +313,17 @@ class GaussianLoss(nn.Module):
         return F.gaussian_nll_loss(mean, x[:, : WIDTH // 2], variance.exp())
 
 
+class NeedsTheCast(nn.Module):
+    """Fails without autocast: its cast makes a strided input dense, which the operator needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.bias = nn.Parameter(torch.randn(3, WIDTH, 5)), nn.Parameter(torch.ones(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.conv_tbc(x.expand(4, *x.shape), self.kernel, self.bias)
+
+
 class Covariance(nn.Module):
     """Two of torch's own functions that compare tensors by value, matrix products inside."""
 
@@ -359,6 +370,7 @@ CASES = (
     Case("numpy-round-trip", NumpyRoundTrip, vectors),
     Case("catches-exception", TriesAndRecovers, vectors),
     Case("gaussian-nll-loss", GaussianLoss, vectors),
+    Case("needs-the-cast", NeedsTheCast, vectors),
     Case("covariance", Covariance, vectors, batch=4, second_batch=5),
     Case("batch-norm-cumulative", _cumulative_norm, vectors),
     Case("ctc", CTC, vectors),

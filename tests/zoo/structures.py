@@ -253,7 +253,7 @@ class HiddenProducts(nn.Module):
         return {
             "inner": torch.inner(x, w),
             "vecdot": torch.linalg.vecdot(x[:, None], w),
-            "conv_tbc": torch.conv_tbc(x.expand(4, *x.shape), self.kernel, w[0, :5]),
+            "conv_tbc": torch.conv_tbc(x.repeat(4, 1, 1), self.kernel, w[0, :5]),
             "bilinear": F.bilinear(x, x.tanh(), w[:, :, None] * w),
             "affine_grid": F.affine_grid(w[:, :6].reshape(8, 2, 3), [8, 1, 4, 4], False),
         }
