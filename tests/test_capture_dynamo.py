@@ -553,6 +553,21 @@ def test_what_dynamo_skips_runs_under_autocast():
     assert "self.middle(self.first(x))" in break_lines(model)
 
 
+class Recurrent(TwoLayers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lstm(self.first(x))[0].sum()
+
+
+def test_a_recurrent_layer_is_rewritten_too():
+    model = assert_trains_like_autocast(Recurrent, capture="dynamo")
+    assert break_lines(model) == ""
+    assert len(entries(model)[0].graph_module.graph.nodes) > 20
+
+
 # --- Regions ---------------------------------------------------------------------------------
 
 

@@ -170,7 +170,7 @@ class DynamoEngine:
                 trace_numpy=False,
                 # A counter on a module would otherwise compile the model anew at every call.
                 allow_unspec_int_on_nn_module=True,
-                allow_rnn=True,
+                allow_rnn=True,  # otherwise every torch.nn.LSTM is left to eager mode
                 fail_on_recompile_limit_hit=True,
                 # Graphs are counted per model in _compile; Dynamo counts per function of the
                 # user's source, whichever model runs it.
