@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mpgraph
 from mpgraph import CaptureError
-from mpgraph.capture import compiled, dynamo, lower
+from mpgraph.capture import compiled, dynamo_settings, lower
 from mpgraph.capture.keep import CannotLower
 from mpgraph.module import state_of
 from mpgraph.pipeline import NeedsStaticShapes
@@ -371,7 +371,7 @@ def test_a_hook_computes_outside_of_autocast():
 @pytest.mark.parametrize("make", [ReadsDtype, MultiplyingHook])
 def test_a_backward_that_was_traced_in_other_dtypes_is_refused(make, monkeypatch):
     # As with a release of torch whose tracing cannot be kept out of autocast.
-    monkeypatch.setattr(dynamo, "_BACKWARD_TRACERS", ())
+    monkeypatch.setattr(dynamo_settings, "_BACKWARD_TRACERS", ())
     model = mpgraph.convert(make(), "bf16", capture="dynamo")
     with pytest.raises(CaptureError, match=r"(?s)other dtypes.*compiler\.disable.*\.float\(\) @"):
         model(torch.randn(4, 8))
@@ -565,7 +565,7 @@ class Recurrent(TwoLayers):
 def test_a_recurrent_layer_is_rewritten_too():
     model = assert_trains_like_autocast(Recurrent, capture="dynamo")
     assert break_lines(model) == ""
-    assert len(entries(model)[0].graph_module.graph.nodes) > 20
+    assert any("lstm" in name or "rnn" in name for name in operators(model)), operators(model)
 
 
 # --- Regions ---------------------------------------------------------------------------------

@@ -7,24 +7,20 @@ graphs (a branch on data, a random number, a counter) happens as under eager ``t
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
-import logging
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo import config as dynamo_config
-from torch._dynamo import utils as dynamo_utils
-from torch._dynamo.variables import TensorVariable, higher_order_ops
 
 from mpgraph import ir
 from mpgraph.capture.breaks import Break, Watch, describe, explain_failure
 from mpgraph.capture.compiled import Call, CompiledGraph, calls, rewritten, runner
+from mpgraph.capture.dynamo_settings import configured
 from mpgraph.capture.kept import repair_checkpoints
 from mpgraph.capture.lower import Graphs
 from mpgraph.capture.paths import label_placeholders
@@ -116,7 +112,11 @@ class DynamoEngine:
         outer, calls.now = calls.now, Call(self.state.weights)
         call, watch = calls.now, Watch()
         try:
-            with capturing(), self._configured(), self.context.autocast():
+            with (
+                capturing(),
+                configured(self.context.device, self.state.settings.max_graphs),
+                self.context.autocast(),
+            ):
                 result = self._run(model, args, kwargs)
         except Exception as error:
             _forgive(error)
@@ -159,28 +159,6 @@ class DynamoEngine:
     def _translated(self, error: Exception, entry: DynamoEntry) -> Exception:
         before = f"The export engine did not carry it: {entry.reason}." if entry.reason else ""
         return explain_failure(error, before)
-
-    @contextlib.contextmanager
-    def _configured(self) -> Iterator[None]:
-        limit = self.state.settings.max_graphs
-        with (
-            dynamo_config.patch(
-                suppress_errors=False,
-                # Dynamo would turn numpy into torch, and numpy's random numbers into torch's.
-                trace_numpy=False,
-                # A counter on a module would otherwise compile the model anew at every call.
-                allow_unspec_int_on_nn_module=True,
-                allow_rnn=True,  # otherwise every torch.nn.LSTM is left to eager mode
-                fail_on_recompile_limit_hit=True,
-                # Graphs are counted per model in _compile; Dynamo counts per function of the
-                # user's source, whichever model runs it.
-                recompile_limit=16 * limit,
-                accumulated_recompile_limit=64 * limit,
-            ),
-            _without_autocast_in_backward(self.context.device),
-            _quiet(),
-        ):
-            yield
 
     def _compile(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         limit = self.state.settings.max_graphs
@@ -254,57 +232,3 @@ def _entry_point(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     code = call.__code__.replace(co_name="call")
     return types.FunctionType(code, call.__globals__, "call", None, call.__closure__)
-
-
-@contextlib.contextmanager
-def _without_autocast_in_backward(device: str) -> Iterator[None]:
-    """Let Dynamo trace what runs in the backward pass as it runs: outside of autocast.
-
-    Where a release has no such method, the dtypes are still checked when the graph is lowered.
-    """
-    with contextlib.ExitStack() as stack:
-        for owner, name in _BACKWARD_TRACERS:
-            if hasattr(owner, name):
-                stack.enter_context(_outside_autocast(owner, name, device))
-        yield
-
-
-_BACKWARD_TRACERS: tuple[tuple[Any, str], ...] = (
-    (higher_order_ops.AutogradFunctionApplyVariable, "trace_backward_graph"),
-    (TensorVariable, "_method_register_hook"),
-)
-
-
-@contextlib.contextmanager
-def _outside_autocast(owner: Any, name: str, device: str) -> Iterator[None]:
-    original = getattr(owner, name)
-
-    def trace(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device, enabled=False):
-            return original(*args, **kwargs)
-
-    setattr(owner, name, trace)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Dynamo's own notices from the user: explain lists the breaks, errors are raised."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    disabled = [noisy.disabled for noisy in loggers]
-    warn_once = dynamo_utils.warn_once
-    dynamo_utils.warn_once = lambda *_, **__: None
-    for noisy in loggers:
-        noisy.disabled = True
-    try:
-        yield
-    finally:
-        dynamo_utils.warn_once = warn_once
-        for noisy, before in zip(loggers, disabled, strict=True):
-            noisy.disabled = before
-
-
-_LOGGERS = ("torch._subclasses.fake_tensor", "torch._dynamo.variables.tensor")
