@@ -1,0 +1,90 @@
+"""How Dynamo is set while it runs a converted model, and what is kept from the user."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._dynamo import config as dynamo_config
+from torch._dynamo import utils as dynamo_utils
+from torch._dynamo.variables import TensorVariable, higher_order_ops
+
+
+@contextlib.contextmanager
+def configured(device: str, limit: int) -> Iterator[None]:
+    """Dynamo as the engine needs it, while a call runs; ``limit`` is the most graphs of a model."""
+    with (
+        dynamo_config.patch(
+            suppress_errors=False,
+            # Dynamo would turn numpy into torch, and numpy's random numbers into torch's.
+            trace_numpy=False,
+            # A counter on a module would otherwise compile the model anew at every call.
+            allow_unspec_int_on_nn_module=True,
+            allow_rnn=True,  # otherwise every torch.nn.LSTM is left to eager mode
+            fail_on_recompile_limit_hit=True,
+            # Graphs are counted per model in _compile; Dynamo counts per function of the
+            # user's source, whichever model runs it.
+            recompile_limit=16 * limit,
+            accumulated_recompile_limit=64 * limit,
+        ),
+        _without_autocast_in_backward(device),
+        _quiet(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _without_autocast_in_backward(device: str) -> Iterator[None]:
+    """Let Dynamo trace what runs in the backward pass as it runs: outside of autocast.
+
+    Where a release has no such method, the dtypes are still checked when the graph is lowered.
+    """
+    with contextlib.ExitStack() as stack:
+        for owner, name in _BACKWARD_TRACERS:
+            if hasattr(owner, name):
+                stack.enter_context(_outside_autocast(owner, name, device))
+        yield
+
+
+_BACKWARD_TRACERS: tuple[tuple[Any, str], ...] = (
+    (higher_order_ops.AutogradFunctionApplyVariable, "trace_backward_graph"),
+    (TensorVariable, "_method_register_hook"),
+)
+
+
+@contextlib.contextmanager
+def _outside_autocast(owner: Any, name: str, device: str) -> Iterator[None]:
+    original = getattr(owner, name)
+
+    def trace(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return original(*args, **kwargs)
+
+    setattr(owner, name, trace)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Dynamo's own notices from the user: explain lists the breaks, errors are raised."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    disabled = [noisy.disabled for noisy in loggers]
+    warn_once = dynamo_utils.warn_once
+    dynamo_utils.warn_once = lambda *_, **__: None
+    for noisy in loggers:
+        noisy.disabled = True
+    try:
+        yield
+    finally:
+        dynamo_utils.warn_once = warn_once
+        for noisy, before in zip(loggers, disabled, strict=True):
+            noisy.disabled = before
+
+
+_LOGGERS = ("torch._subclasses.fake_tensor", "torch._dynamo.variables.tensor")
