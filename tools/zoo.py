@@ -7,7 +7,7 @@
 
 Every model runs in a process of its own, within a time and a memory limit. Results are kept in
 zoo-output/ and not made again: an interrupted run goes on where it stopped. `--again` names what
-to repeat, by name or by verdict.
+to repeat, by name or by verdict. `--workers` checks several models at a time.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import dataclasses
 import fnmatch
 import json
 import os
+import queue
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,21 +100,51 @@ def check_all(names: Sequence[str], arguments: argparse.Namespace, store: Store)
         console.print(f"{len(names) - len(due)} of {len(names)} results are there already")
     if not due:
         return
-    digest, logs = source_digest(), OUTPUT / "logs"
+    digest = source_digest()
+    with _progress(console) as progress:
+        task = progress.add_task("", total=len(due))
+        for record in _checked(due, arguments):
+            record |= {"key": setting.key(record["name"]), "source": digest}
+            store.add(record)
+            progress.update(task, description=record["name"])
+            progress.console.print(line_of(record), soft_wrap=True)
+            progress.advance(task)
+
+
+def _checked(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[Record]:
+    """Yield the record of every name, as the workers get them done."""
+    logs = OUTPUT / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    work = Worker(logs / f"worker-{os.getpid()}.txt")
+    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+    done: queue.SimpleQueue[Record] = queue.SimpleQueue()
+    for name in names:
+        waiting.put(name)
+    stop = threading.Event()
+
+    def work(log: Path) -> None:
+        worker_process = Worker(log)
+        try:
+            while not stop.is_set():
+                done.put(worker_process.check(_request(waiting.get_nowait(), arguments, logs)))
+        except queue.Empty:
+            pass
+        finally:
+            worker_process.close()
+
+    count = min(arguments.workers, len(names))
+    threads = [
+        threading.Thread(target=work, args=(logs / f"worker-{os.getpid()}-{index}.txt",))
+        for index in range(count)
+    ]
+    for thread in threads:
+        thread.start()
     try:
-        with _progress(console) as progress:
-            task = progress.add_task("", total=len(due))
-            for name in due:
-                progress.update(task, description=name)
-                record = work.check(_request(name, arguments, logs))
-                record |= {"key": setting.key(name), "source": digest}
-                store.add(record)
-                progress.console.print(line_of(record), soft_wrap=True)
-                progress.advance(task)
+        for _ in names:
+            yield done.get()
     finally:
-        work.close()
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 def _request(name: str, arguments: argparse.Namespace, logs: Path) -> worker.Request:
@@ -266,6 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--policy", default="autocast-cpu")
     add("--timeout", type=float, default=300.0, help="seconds per model")
     add("--memory-gb", type=float, default=6.0, help="memory per model")
+    add("--workers", type=int, default=1, help="models to check at a time, a core for each")
     add(
         "--again",
         action="append",

@@ -23,7 +23,7 @@ class InputKind:
     """Which arguments to pass, and in which of the layouts in use."""
 
     text: bool = True
-    image: str = ""  # square, clip, clip-channels, crops, pair, patches, tiles
+    image: str = ""  # square, clip, clip-channels, crops, pair, patches, tiles, rows
     audio: str = ""  # wave, wave-channel, mel-first, frames-first, mel-image
     labels: bool = True
     # Placeholder tokens in each text for its image or audio.
@@ -64,8 +64,8 @@ def _images(names: Any, config: Any) -> list[str]:
         return ["patches", "tiles"] if "grid_thw" in names else [""]
     layouts = ["square"]
     if names.keys() & {"image_grid_thw", "grid_thw", "image_grid_hws", "spatial_shapes"}:
-        layouts = ["patches", "tiles", "square"]
-    elif hasattr(config, "num_frames") or hasattr(config, "tubelet_size"):
+        layouts = ["patches", "tiles", "rows", "square"]
+    elif _find(config, "num_frames", "tubelet_size"):
         layouts = ["clip", "clip-channels", "square"]
     elif hasattr(config, "keypoint_detector_config") or "loftr" in config.model_type:
         layouts = ["pair"]
@@ -192,7 +192,7 @@ class _Inputs:
     def image(self) -> dict[str, Any]:
         size = _scalar(_find(self.config, "image_size", "input_size", "img_size", default=64))
         channels = _scalar(_find(self.config, "num_channels", "in_channels", "in_chans", default=3))
-        if self.kind.image in ("patches", "tiles"):
+        if self.kind.image in ("patches", "tiles", "rows"):
             return self.patches(channels)
         frames = _scalar(_find(self.config, "num_frames", default=4))
         shape = {
@@ -228,6 +228,8 @@ class _Inputs:
         flat = self.kind.image == "patches"
         shape = (channels * depth * patch * patch,) if flat else (channels, patch, patch)
         pixels = torch.randn(16 * self.batch, *shape)
+        if self.kind.image == "rows":
+            pixels = pixels.view(self.batch, 16, -1)
         return {
             "pixel_values": pixels,
             "hidden_states": pixels,
@@ -268,7 +270,8 @@ class _Inputs:
         channels = _scalar(_find(self.config, "num_input_channels", "input_size", default=1))
         future = _scalar(_find(self.config, "prediction_length", default=8) or 8)
         past += max(lags) if isinstance(lags, list | tuple) else 0
-        shape = (self.batch, past) if channels == 1 else (self.batch, past, channels)
+        is_flat = channels == 1 and not hasattr(self.config, "num_input_channels")
+        shape = (self.batch, past) if is_flat else (self.batch, past, channels)
         ahead = (self.batch, future, *shape[2:])
         given = {"past_values": torch.randn(shape), "future_values": torch.randn(ahead)}
         given["past_observed_mask"] = torch.ones(shape)

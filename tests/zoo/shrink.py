@@ -55,6 +55,9 @@ _TOKENS = {
     "video_start": 150, "video_end": 151, "image": 155, "video": 156, "audio": 157,
 }  # fmt: skip
 
+# Rotary positions in three parts; the sizes of the parts are often in the model's code.
+_MULTIMODAL_ROPE = re.compile("vl|glm4v|glm46v|glm_ocr|glm_image|omni")
+
 Shrink = Callable[[int, Size], int]
 
 
@@ -64,7 +67,9 @@ def _at_most(limit: int) -> Shrink:
 
 # The first pattern that matches the whole field name decides. `(?:.*_)?` stands for any prefix.
 _WIDTHS: tuple[tuple[str, Shrink], ...] = (
+    (r"rotary_dim", lambda value, size: min(value, size.head_dim)),
     # Their heads span twice the hidden size.
+    (r"mamba_d_ssm", lambda value, size: 2 * size.hidden),
     (r"mamba_n_heads|mamba_num_heads", lambda value, size: 2 * size.heads),
     (
         r"(?:.*_)?(?:head_dim|d_head|d_kv|kv_channels|dim_head|head_size|mamba_head_dim)",
@@ -99,13 +104,18 @@ _WIDTHS: tuple[tuple[str, Shrink], ...] = (
         r"|linear_num_value_heads|resampler_heads)",
         lambda value, size: min(value, size.heads),
     ),
-    (r"rotary_dim", lambda value, size: min(value, size.head_dim)),
     (r"upsample_groups", lambda value, size: size.hidden),
     (r"num_conv_pos_embedding_groups|num_codevector_groups", _at_most(2)),
     (r"(?:.*_)?(?:num_pos_feats)", lambda value, size: size.hidden // 2),
     (r"coordinate_size|shape_size", lambda value, size: size.hidden // 6),
 )
 
+# Layers of two kinds, where the class has a longer list of them in code only.
+_LAYER_KINDS = {
+    "granitemoehybrid": ["mamba", "attention"],
+    "lfm2_moe": ["conv", "full_attention"],
+    "gpt_neo": [[["global", "local"], 1]],
+}
 # What a class leaves undecided and its model cannot do without.
 _UNDECIDED = {
     "num_experts_per_tok": 2,
@@ -117,6 +127,10 @@ _UNDECIDED = {
     "n_routed_experts": 4,
     "moe_intermediate_size": 32,
     "vocab_size": 160,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "attn_layer_indices": [1],
+    "default_language": "en_XX",
 }
 
 _COUNTS: tuple[tuple[str, Shrink], ...] = (
@@ -179,11 +193,14 @@ def _overrides(config_class: type, default: Any, size: Size) -> Iterator[tuple[s
         if isinstance(value, PreTrainedConfig) and value.model_type == "timm_backbone":
             yield field.name, _resnet(len(value.out_indices or [4]))
         elif isinstance(value, PreTrainedConfig):
-            nested = dict(_overrides(type(value), value, size))
-            yield field.name, type(value)(**nested)
+            yield field.name, _nested(value, size)
         elif field.name == "rope_parameters" and isinstance(value, dict):
-            if "mrope_section" in value:
-                yield field.name, {**value, "mrope_section": _sections(value, size)}
+            if "mrope_section" in value or _MULTIMODAL_ROPE.search(default.model_type):
+                yield field.name, {**value, "mrope_section": _sections(size)}
+        elif field.name in ("layer_types", "attention_types") and (
+            default.model_type in _LAYER_KINDS
+        ):
+            yield field.name, _LAYER_KINDS[default.model_type]
         elif value is None and field.name in _UNDECIDED:
             yield field.name, _UNDECIDED[field.name]
         elif not _is_derived(field) or _KINDS_OF_LAYER.fullmatch(field.name):
@@ -203,6 +220,18 @@ def _agreeing(default: Any, name: str, size: Size) -> int | None:
     if name == "num_heads" and hasattr(default, "state_size") and hasattr(default, "expand"):
         return int(default.expand) * size.heads
     return None
+
+
+def _nested(value: Any, size: Size) -> Any:
+    """Return a nested configuration made small; a backbone's outputs stay as many as they were."""
+    small = dict(_overrides(type(value), value, size))
+    made = type(value)(**small)
+    outputs = _value(value, "out_features")
+    if not outputs:
+        return made
+    if not set(outputs) <= set(made.stage_names):
+        outputs = made.stage_names[-len(outputs) :]
+    return type(value)(**small, out_features=list(outputs))
 
 
 def _resnet(outputs: int) -> Any:
@@ -264,6 +293,8 @@ def _small_list(name: str, values: Any, size: Size) -> Any:
         return kind((distinct * size.layers)[: size.layers])
     if _STAGE_DEPTHS.fullmatch(name) and all(isinstance(v, int) for v in values):
         return kind(min(v, 1) for v in values)
+    if name == "decoder_in_channels" and not size.keeps_widths:
+        return kind([size.hidden] * len(values))
     if re.fullmatch(r"(?:.*_)?(?:num_)?(?:attention_)?heads(?:_per_stage)?", name) and size.stage:
         return kind(max(v // min(values), 1) for v in values)
     if _STAGE_WIDTHS.fullmatch(name) and not size.keeps_widths and size.stage:
@@ -275,9 +306,8 @@ def _small_list(name: str, values: Any, size: Size) -> Any:
     return None
 
 
-def _sections(rope: dict[str, Any], size: Size) -> list[int]:
-    """Share half a head's width among as many sections, as transformers asks."""
-    count = len(rope["mrope_section"])
+def _sections(size: Size) -> list[int]:
+    """Share half a head's width among time, height and width."""
     half = 64 if size.keeps_widths else size.head_dim // 2
     rest = half // 4
-    return [half - rest * (count - 1), *[rest] * (count - 1)]
+    return [half - 2 * rest, rest, rest]
