@@ -1,6 +1,6 @@
 """Time an eager training step: converted by mpgraph ÷ under torch.autocast, in one run.
 
-    python tools/bench_eager.py [--steps 30] [--accumulate 1] [--json FILE]
+    python tools/bench_eager.py [--steps 30] [--accumulate 1 4] [--device cuda] [--json FILE]
 
 Both models start from the same weights, see the same batches and take their steps in turn, the
 order changing from step to step. Warm-up (capture included) stays apart. Figures are medians of
@@ -103,14 +103,15 @@ class CountCasts(TorchDispatchMode):
         return out
 
 
-def measure(name: str, steps: int, accumulate: int, policy: str) -> dict[str, Any]:
+def measure(name: str, steps: int, accumulate: int, policy: str, device: str) -> dict[str, Any]:
     """One model, both ways, step by step in turn."""
     torch.manual_seed(0)
-    model, inputs, loss = MODELS[name]()
+    with torch.device(device):
+        model, inputs, loss = MODELS[name]()
     reference, converted = copy.deepcopy(model), mpgraph.convert(model, "bf16", policy=policy)
 
     def under_autocast() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             return loss(reference(**inputs))
 
     ways = {
@@ -129,6 +130,8 @@ def measure(name: str, steps: int, accumulate: int, policy: str) -> dict[str, An
         for way in sorted(ways, reverse=bool(index % 2)):
             started = time.perf_counter()
             ways[way]()
+            if device == "cuda":
+                torch.cuda.synchronize()
             seconds[way].append(time.perf_counter() - started)
     ratios = [m / a for m, a in zip(seconds["mpgraph"], seconds["autocast"], strict=True)]
     quarters = statistics.quantiles(ratios, n=4)
@@ -161,13 +164,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--accumulate", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--policies", nargs="+", default=["autocast-cpu", "default"])
+    parser.add_argument("--policies", nargs="+", help="autocast-<device> and default, unless given")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = [
-        measure(name, options.steps, accumulate, policy)
+        measure(name, options.steps, accumulate, policy, options.device)
         for name in options.models
-        for policy in options.policies
+        for policy in options.policies or (f"autocast-{options.device}", "default")
         for accumulate in options.accumulate
     ]
     table = Table("model", "policy", "micro-batches", "mpgraph ÷ autocast", "quartiles", "casts")
@@ -180,17 +184,27 @@ def main() -> None:
         )  # fmt: skip
     Console(width=100).print(table)
     if options.json:
-        _write(options.json, {"machine": _machine(), "rows": rows})
+        _write(options.json, {"machine": _machine(options.device), "rows": rows})
 
 
-def _machine() -> dict[str, Any]:
+def _machine(device: str) -> dict[str, Any]:
     return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "processor": platform.machine(),
+        "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _processor() -> str:
+    """The processor's own name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _write(path: Path, figures: dict[str, Any]) -> None:

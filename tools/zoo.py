@@ -156,6 +156,7 @@ def _request(name: str, arguments: argparse.Namespace, logs: Path) -> worker.Req
         arguments.timeout,
         arguments.memory_gb,
         str(logs / f"{name.replace(':', '-').replace('/', '-')}.txt"),
+        arguments.device,
     )
 
 
@@ -185,7 +186,7 @@ def _shown(value: Any) -> str:
 
 def setting_of(arguments: argparse.Namespace) -> Setting:
     """Return what the results depend on."""
-    return Setting(arguments.engine, arguments.precision, arguments.policy)
+    return Setting(arguments.engine, arguments.precision, arguments.policy, arguments.device)
 
 
 def summarise(records: Sequence[Record]) -> None:
@@ -295,7 +296,8 @@ def _parser() -> argparse.ArgumentParser:
         help="capture engine; 'reference' is eager autocast itself, to test the harness",
     )
     add("--precision", default="bf16", choices=["bf16", "fp16"])
-    add("--policy", default="autocast-cpu")
+    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--policy", help="autocast-cpu or autocast-cuda, after the device, unless given")
     add("--timeout", type=float, default=300.0, help="seconds per model")
     add("--memory-gb", type=float, default=6.0, help="memory per model")
     add("--workers", type=int, default=1, help="models to check at a time, a core for each")
@@ -327,4 +329,6 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     parsed = _parser().parse_args()
+    if hasattr(parsed, "policy"):
+        parsed.policy = parsed.policy or f"autocast-{parsed.device}"
     sys.exit(parsed.command(parsed))

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from . import compare
 from .compare import Comparison, Reading, Verdict, seed_everything, take_step
-from .registry import Case
+from .registry import Call, Case
 from .subject import CastCounter, Convert, Facts, facts_of, under_autocast
 
 SEED = 20250
@@ -57,13 +58,14 @@ class _Run:
 
     case: Case
     module: nn.Module
+    device: str = "cpu"
     readings: list[Reading] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
 
     def step(self, index: int) -> Reading:
         batch = self.case.batch if index != 1 else self.case.second_batch or self.case.batch
         seed_everything(SEED + 1 + index)
-        call = self.case.inputs(batch)
+        call = inputs_on(self.device, self.case, batch)
         start = time.perf_counter()
         reading = take_step(self.module, call, self.case.loss, SEED + 100 + index)
         self.seconds.append(time.perf_counter() - start)
@@ -93,7 +95,23 @@ class _Run:
         return int(counter.count)
 
 
-def build(case: Case) -> nn.Module:
+def inputs_on(device: str, case: Case, batch: int) -> Call:
+    """Return the arguments of one call, on the device."""
+    if device == "cpu":
+        return case.inputs(batch)
+    with torch.device(device):
+        made = case.inputs(batch)
+    args, kwargs = pytree.tree_map_only(
+        torch.Tensor,
+        lambda t: (
+            t if t.device.type == device else t.detach().to(device).requires_grad_(t.requires_grad)
+        ),
+        (made.args, dict(made.kwargs)),
+    )
+    return Call(args, kwargs)
+
+
+def build(case: Case, device: str = "cpu") -> nn.Module:
     """Build the case's model under the fixed seed, in its mode.
 
     Parameters that start at zero get small random values: a head of zeros has no gradient to
@@ -105,7 +123,7 @@ def build(case: Case) -> nn.Module:
         for parameter in model.parameters():
             if parameter.is_floating_point() and not parameter.any():
                 parameter.normal_(std=0.02)
-    return model
+    return model.to(device)
 
 
 def check_case(
@@ -113,17 +131,18 @@ def check_case(
     convert: Convert,
     precision: str = "bf16",
     stage: Stage = lambda name: None,
+    device: str = "cpu",
 ) -> Outcome:
     """Train a case two steps under eager autocast and two steps converted, and compare."""
     try:
         stage("eager")
-        eager = _eager_run(case, precision)
+        eager = _eager_run(case, precision, device)
     except Exception as failure:
         return Outcome(case.name, Verdict.EAGER_FAILS, _one_line(failure), detail=_trace(failure))
     seconds = min(eager.seconds)
     try:
         stage("convert")
-        outcome = _check_converted(case, convert, eager)
+        outcome = _check_converted(case, convert, eager, precision)
     except BaseException as failure:
         # Engines pass control about with exceptions outside Exception; one that escapes is a bug.
         if isinstance(failure, KeyboardInterrupt | SystemExit):
@@ -134,8 +153,10 @@ def check_case(
     return dataclasses.replace(outcome, eager_seconds=round(seconds, 4))
 
 
-def _eager_run(case: Case, precision: str) -> _Run:
-    runs = [_Run(case, under_autocast(build(case), precision)) for _ in range(2)]
+def _eager_run(case: Case, precision: str, device: str) -> _Run:
+    runs = [
+        _Run(case, under_autocast(build(case, device), precision, device), device) for _ in range(2)
+    ]
     first, second = (run.both_steps() for run in runs)
     for reading in first:
         if compare.gradient_count(reading) == 0:
@@ -149,18 +170,19 @@ def _eager_run(case: Case, precision: str) -> _Run:
     return runs[0]
 
 
-def _check_converted(case: Case, convert: Convert, eager: _Run) -> Outcome:
-    source = build(case)
+def _check_converted(case: Case, convert: Convert, eager: _Run, precision: str) -> Outcome:
+    device = eager.device
+    source = build(case, device)
     source_class, was_training = type(source), source.training
     converted = convert(source)
-    run = _Run(case, converted)
+    run = _Run(case, converted, device)
     run.both_steps()
     float32: list[Reading] = []
 
     def in_float32(index: int) -> Reading | None:
         if not float32:
             try:
-                float32.extend(_Run(case, build(case)).both_steps())
+                float32.extend(_Run(case, build(case, device), device).both_steps())
             except Exception:  # a model may need autocast's casts to run at all
                 return None
         return float32[index]
@@ -204,13 +226,18 @@ def _trace(failure: BaseException) -> str:
 
 
 def check_candidates(
-    name: str, candidates: Iterator[Case], convert: Convert, precision: str, stage: Stage
+    name: str,
+    candidates: Iterator[Case],
+    convert: Convert,
+    precision: str,
+    stage: Stage,
+    device: str = "cpu",
 ) -> Outcome:
     """Check the first of several ways to build a model that eager torch can train."""
     failures: list[Outcome] = []
     for case in candidates:
         stage("eager")
-        outcome = check_case(case, convert, precision, stage)
+        outcome = check_case(case, convert, precision, stage, device)
         if outcome.verdict is not Verdict.EAGER_FAILS:
             return dataclasses.replace(outcome, name=name)
         failures.append(outcome)

@@ -24,6 +24,7 @@ class Setting:
     engine: str
     precision: str
     policy: str
+    device: str = "cpu"
 
     def key(self, name: str) -> str:
         """Return what identifies a result: an equal key means that it need not be made again."""
@@ -31,7 +32,8 @@ class Setting:
         libraries += ["timm"] if name.startswith("timm") else []
         libraries += ["transformers"] if name.startswith("hf") else []
         versions = (f"{library} {version_of(library)}" for library in libraries)
-        return " | ".join([name, self.engine, self.precision, self.policy, *versions])
+        device = [] if self.device == "cpu" else [self.device]
+        return " | ".join([name, self.engine, self.precision, self.policy, *device, *versions])
 
 
 def version_of(library: str) -> str:

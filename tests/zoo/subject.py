@@ -31,23 +31,23 @@ class Facts:
     capture_seconds: float | None = None
 
 
-def under_autocast(model: nn.Module, precision: str = "bf16") -> nn.Module:
-    """Make the model's own forward run under ``torch.autocast`` on the CPU; return the model."""
+def under_autocast(model: nn.Module, precision: str = "bf16", device: str = "cpu") -> nn.Module:
+    """Make the model's own forward run under ``torch.autocast``; return the model."""
     plain = model.forward
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast("cpu", DTYPES[precision]):
+        with torch.autocast(device, DTYPES[precision]):
             return plain(*args, **kwargs)
 
     model.forward = forward
     return model
 
 
-def converter(engine: str, precision: str, policy: str) -> Convert:
+def converter(engine: str, precision: str, policy: str, device: str = "cpu") -> Convert:
     """Return the conversion under test."""
     if engine == REFERENCE:
-        return functools.partial(under_autocast, precision=precision)
+        return functools.partial(under_autocast, precision=precision, device=device)
     import mpgraph
 
     return functools.partial(mpgraph.convert, precision=precision, policy=policy, capture=engine)

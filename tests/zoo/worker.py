@@ -33,6 +33,7 @@ class Request:
     timeout: float = 300.0
     memory_gb: float = 6.0
     log: str = os.devnull
+    device: str = "cpu"
 
 
 def serve(requests: TextIO, answers: TextIO) -> None:
@@ -122,7 +123,10 @@ def _live_as_child(request: Request, fd: int) -> None:
         log = os.open(request.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         for stream in (1, 2):
             os.dup2(log, stream)
-        _limit_memory(request.memory_gb)
+        if request.device == "cpu":  # CUDA reserves address space far beyond what it uses
+            _limit_memory(request.memory_gb)
+        else:
+            _deterministic()
         with os.fdopen(fd, "w") as pipe:
             _check(request, pipe)
         status = 0
@@ -144,6 +148,14 @@ def _limit_memory(gigabytes: float) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
+def _deterministic() -> None:
+    """Ask CUDA for kernels that give the same bits twice, where it has them."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def _check(request: Request, pipe: TextIO) -> None:
     """Tell the pipe each stage as it begins, and the outcome last."""
     from .candidates import candidates
@@ -154,13 +166,14 @@ def _check(request: Request, pipe: TextIO) -> None:
         pipe.write(json.dumps(message) + "\n")
         pipe.flush()
 
-    convert = converter(request.engine, request.precision, request.policy)
+    convert = converter(request.engine, request.precision, request.policy, request.device)
     outcome = check_candidates(
         request.name,
         candidates(request.name),
         convert,
         request.precision,
         lambda stage: tell({"stage": stage}),
+        request.device,
     )
     tell(outcome.as_record())
 
