@@ -18,6 +18,7 @@ from torch import nn
 
 from mpgraph import ir
 from mpgraph.capture.captured import Captured, slots_of
+from mpgraph.direct_calls import directly
 from mpgraph.errors import CaptureError, MPGraphError
 from mpgraph.module_tree import ModuleTree
 from mpgraph.pipeline import PassContext, PassReport
@@ -388,7 +389,7 @@ def make_specialisation(
 ) -> Specialisation:
     """Tie a rewritten graph to the module whose parameters it reads."""
     gm = captured.graph_module
-    run: Callable[..., Any] = gm.forward
+    run = directly(gm)
     if any(node.target is ir.SET_GRAD for node in gm.graph.nodes):
         run = _restoring_grad_mode(run)
     return Specialisation(

@@ -16,6 +16,7 @@ from mpgraph.capture.breaks import Break, breaks_inside
 from mpgraph.capture.captured import Slot, slots_of
 from mpgraph.capture.keep import CannotLower
 from mpgraph.capture.lower import Graphs, lower
+from mpgraph.direct_calls import directly
 from mpgraph.pipeline import NeedsStaticShapes, PassContext
 from mpgraph.precision import logger
 from mpgraph.weights import WeightCopies
@@ -99,7 +100,7 @@ def _lower(gm: fx.GraphModule, context: PassContext, ambient: Ambient) -> Graphs
 def _runner(gm: fx.GraphModule, context: PassContext) -> Callable[..., Any]:
     """Run a rewritten graph on what Dynamo passes, with autocast off inside it."""
     slots = slots_of(gm)
-    run = gm.forward
+    run = directly(gm)
     device = context.device
 
     def run_graph(*values: Any) -> Any:

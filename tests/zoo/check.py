@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from . import compare
+from .captured import captured, unrewritten
 from .compare import Comparison, Reading, Verdict, seed_everything, take_step
 from .registry import Call, Case
 from .subject import CastCounter, Convert, Facts, facts_of, under_autocast
@@ -21,6 +22,9 @@ SEED = 20250
 # Between the calls every parameter moves by this much against its gradient's sign, so that a
 # graph that holds on to the first call's parameters is found out.
 UPDATE = 1e-3
+
+# A verdict's cause begins so where the passes kept every bit of what was captured.
+ANOTHER_PATH = "another path when traced"
 
 _REFUSALS = ("CaptureError", "PolicyError", "PrecisionError")
 _SEVERITY = (Verdict.BITWISE, Verdict.CLOSE, Verdict.WRONG)
@@ -194,6 +198,8 @@ def _check_converted(case: Case, convert: Convert, eager: _Run, precision: str) 
     verdict, cause = _worse_of(comparisons)
     if type(source) is not source_class or source.training is not was_training:
         verdict, cause = Verdict.WRONG, "convert changed the class or mode of the model passed in"
+    elif verdict is not Verdict.BITWISE and _follows_the_capture(case, run, precision):
+        cause = f"{ANOTHER_PATH}: {cause}"
     if not_shared := compare.unshared(source, converted):
         verdict, cause = Verdict.WRONG, not_shared
     return Outcome(
@@ -206,6 +212,19 @@ def _check_converted(case: Case, convert: Convert, eager: _Run, precision: str) 
         first_call_seconds=round(run.seconds[0], 4),
         worst_relative=max(c.worst for c in comparisons),
     )
+
+
+def _follows_the_capture(case: Case, run: _Run, precision: str) -> bool:
+    """Whether the captured graph, under autocast, gives the converted model's own bits."""
+    policy = f"autocast-{run.device}"
+    try:
+        with unrewritten(precision, run.device):
+            model = captured(build(case, run.device), precision, policy)
+            readings = _Run(case, model, run.device).both_steps()
+    except Exception:  # it went through Dynamo, say
+        return False
+    pairs = zip(readings, run.readings, strict=True)
+    return not any(compare.compare(want, got).differences for want, got in pairs)
 
 
 def _worse_of(comparisons: list[Comparison]) -> tuple[Verdict, str]:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from .check import ANOTHER_PATH
 from .compare import Verdict
 from .results import Record, Setting, version_of
 
@@ -21,6 +22,9 @@ buffers, gradients and the state of the random generators are then compared bit 
 
 - **bitwise**: all equal.
 - **close**: some values differ, no more than rounding explains; the first of them is given.
+  "Another path when traced" means that the model itself does something else when it is traced
+  than in eager mode (a choice by the values of a mask, say): the converted model is then bit for
+  bit the captured graph under `torch.autocast`.
 - **wrong**: a difference that rounding does not explain, or of dtype, shape or structure.
 - **refused**: mpgraph says that it cannot convert the model, and why.
 - **error**: anything else, time and memory limits among it.
@@ -93,6 +97,8 @@ def _classes(counted: Sequence[Record]) -> list[str]:
 def cause_class(record: Record) -> str:
     """Return a cause without what differs from model to model."""
     cause = record.get("cause", "")
+    if cause.startswith(ANOTHER_PATH):
+        return ANOTHER_PATH
     if record["verdict"] in (Verdict.CLOSE, Verdict.WRONG):
         call = "second call, " if cause.startswith("second call: ") else ""
         row, _, what = cause.removeprefix("second call: ").partition(": ")

@@ -136,6 +136,16 @@ _MEL_NAMES = (
 )
 
 
+def padded_mask(tokens: torch.Tensor) -> torch.Tensor:
+    """Return a mask under which the last text of the batch ends two tokens early.
+
+    transformers drops a mask of ones only, in eager mode and not when it is traced.
+    """
+    mask = torch.ones(tokens.shape, dtype=torch.long)
+    mask[-1, -2:] = 0
+    return mask
+
+
 class _Inputs:
     """Builds arguments by name; one method per group of names."""
 
@@ -172,7 +182,7 @@ class _Inputs:
         ids = self.words()
         if self.kind.media_tokens:
             ids[:, 1 : 1 + self.kind.media_tokens] = self.media_token()
-        given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": padded_mask(ids)}
         if "decoder_input_ids" in self.names and not self.kind.labels:
             given["decoder_input_ids"] = self.words(LENGTH)
         if "bbox" in self.names:
@@ -307,7 +317,7 @@ class _Inputs:
             "query_embeds": torch.randn(self.batch, 8, width),
             "inputs": self.words(),
             "qformer_input_ids": self.words(),
-            "attention_mask": torch.ones(self.batch, LENGTH, dtype=torch.long),
+            "attention_mask": padded_mask(torch.empty(self.batch, LENGTH)),
             "pixel_mask": torch.ones(self.batch, 64, 64, dtype=torch.long),
         }
         if name not in by_name:
