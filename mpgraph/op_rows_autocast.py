@@ -70,6 +70,16 @@ CUDA_BUILDS_ONLY: Rows = rows(
 )
 """Rows whose autocast kernel exists only in torch builds with CUDA."""
 
+CUDA_RECURRENT: Rows = rows(
+    Rule.LOWER,
+    "torch.autocast lowers cuDNN's kernel inside, weights and states included",
+    """
+    lstm.input lstm.data gru.input gru.data rnn_tanh.input rnn_tanh.data rnn_relu.input
+    rnn_relu.data
+    """,
+)
+"""Composites that stay whole on CUDA: cuDNN's kernel cannot be traced inside them."""
+
 _CUDA_WIDEN = rows(
     Rule.WIDEN,
     "torch.autocast's float32 list on CUDA",
@@ -118,6 +128,9 @@ _CUDA_REFUSE = rows(
     "binary_cross_entropy_with_logits, or pin it to fp32",
     "binary_cross_entropy",
 )
+
+SINCE: dict[str, tuple[int, int]] = {"aten.rms_norm.default": (2, 12)}
+"""The release of torch in which an operator came onto autocast's lists, if after 2.11."""
 
 AUTOCAST_CPU: Rows = table(_CPU_LOWER, _CPU_WIDEN, _CPU_PROMOTE)
 AUTOCAST_CUDA: Rows = table(

@@ -13,14 +13,17 @@ Presets:
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from mpgraph.op_rows_autocast import (
     AUTOCAST_CPU,
     AUTOCAST_CUDA,
+    CUDA_RECURRENT,
     SAFE_COMPOSITES_CPU,
     SAFE_COMPOSITES_CUDA,
+    SINCE,
 )
 from mpgraph.op_rows_default import COMPOSITES, DEFAULT, LEAN
 from mpgraph.op_rows_shared import MOVES_DATA, SHARED
@@ -48,6 +51,13 @@ _OR_AND_XOR_SHIFTS = frozenset(
 )  # they end with an underscore, but write nothing
 
 
+def _installed(listed: Rows) -> dict[str, OpRule]:
+    """The rows that hold for the installed torch; asking for its version does not import it."""
+    major, minor = importlib.metadata.version("torch").split(".")[:2]
+    version = (int(major), int(minor))
+    return {op: row for op, row in listed.items() if SINCE.get(op, version) <= version}
+
+
 def _left_alone(listed: Rows, safe_composites: frozenset[str]) -> dict[str, OpRule]:
     """Rows for what ``default`` casts and torch.autocast does not.
 
@@ -68,13 +78,14 @@ PRESETS: Mapping[str, Mapping[str, OpRule]] = MappingProxyType(
             "default": {**SHARED, **DEFAULT},
             "autocast-cpu": {
                 **SHARED,
-                **_left_alone(AUTOCAST_CPU, SAFE_COMPOSITES_CPU),
-                **AUTOCAST_CPU,
+                **_left_alone(_installed(AUTOCAST_CPU), SAFE_COMPOSITES_CPU),
+                **_installed(AUTOCAST_CPU),
             },
             "autocast-cuda": {
                 **SHARED,
-                **_left_alone(AUTOCAST_CUDA, SAFE_COMPOSITES_CUDA),
-                **AUTOCAST_CUDA,
+                **_left_alone(_installed(AUTOCAST_CUDA), SAFE_COMPOSITES_CUDA),
+                **_installed(AUTOCAST_CUDA),
+                **CUDA_RECURRENT,
             },
             "lean": {**SHARED, **DEFAULT, **LEAN},
         }.items()
