@@ -123,7 +123,9 @@ def _capture_export(
                 continue  # a value, not a size, is what the model needs to know
             try:
                 with undone_on_failure(model):
-                    captured = capture_export(model, forward, call, context.autocast())
+                    captured = capture_export(
+                        model, forward, call, context.autocast(), context.device
+                    )
                 return captured, run_passes(captured.graph_module, DEFAULT_PASSES, context)
             except (NeedsDynamo, MPGraphError):
                 raise

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from mpgraph.capture.held import held_by
+
 
 @contextlib.contextmanager
 def undone_on_failure(model: nn.Module) -> Iterator[None]:
@@ -20,7 +22,10 @@ def undone_on_failure(model: nn.Module) -> Iterator[None]:
     from the start.
     """
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    containers = [(value, value.copy()) for value in _containers(model)]
+    tables = [
+        (table, table.copy()) for own, _ in attributes for table in own.values() if _is_table(table)
+    ]
+    held = held_by(model)
     numpy: Any = sys.modules.get("numpy")
     state = random.getstate()
     numpy_state = numpy.random.get_state() if numpy else None
@@ -30,30 +35,17 @@ def undone_on_failure(model: nn.Module) -> Iterator[None]:
         for current, before in attributes:
             current.clear()
             current.update(before)
-        for container, before in containers:
-            _refill(container, before)
+        for table, before in tables:
+            table.clear()
+            table.update(before)
+        for item in held:
+            item.restore()
         random.setstate(state)
         if numpy:
             numpy.random.set_state(numpy_state)
         raise
 
 
-def _containers(model: nn.Module) -> Iterator[Any]:
-    """Every plain list, dict and set that hangs on a module, its own tables included."""
-    seen: set[int] = set()
-    waiting = [value for module in model.modules() for value in vars(module).values()]
-    while waiting:
-        value = waiting.pop()
-        if not isinstance(value, (list, dict, set)) or id(value) in seen:
-            continue
-        seen.add(id(value))
-        yield value
-        waiting.extend(value.values() if isinstance(value, dict) else value)
-
-
-def _refill(container: Any, before: Any) -> None:
-    if isinstance(container, list):
-        container[:] = before
-    else:
-        container.clear()
-        container.update(before)
+def _is_table(value: Any) -> bool:
+    """One of a module's own tables: parameters, buffers, hooks."""
+    return isinstance(value, (dict, set))
