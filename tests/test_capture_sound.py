@@ -6,6 +6,7 @@ loss, gradients, inputs, buffers, attributes and random states must be the same 
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -54,8 +55,8 @@ class Layers(nn.Module):
         self.holder = Holder()
         self.body = body
 
-    def forward(self, x: Tensor) -> Any:
-        return self.body(self, x)
+    def forward(self, *args: Any) -> Any:
+        return self.body(self, *args)
 
 
 def rows(batch: int) -> Call:
@@ -365,3 +366,158 @@ def test_a_failed_capture_puts_back_what_objects_held():
         model(torch.randn(4, WIDTH))
     assert vars(model.holder).keys() == {"scale", "count"}
     assert model.holder.count == 0
+
+
+class Cache:
+    """Empty at first, as a key-value cache is, and so without a tensor; with caches inside."""
+
+    def __init__(self, inner: list[Any] | None = None) -> None:
+        self.inner = inner or []
+        self.value: Any = None
+        self.count = 0
+
+
+def test_what_a_failed_capture_put_into_an_argument_is_taken_out_again():
+    def fills(m, x, cache):
+        part = cache.inner[0].inner[0]
+        part.value = m.a(x) if part.value is None else part.value + m.a(x)
+        part.count += 1
+        return m.c(part.value)
+
+    model = mpgraph.convert(Layers(fills), "bf16", policy="autocast-cpu")
+    x, cache = torch.randn(4, WIDTH), Cache([Cache([Cache()])])
+    with pytest.warns(UserWarning, match="changes a container or an object among its arguments"):
+        first = model(x, cache)
+    part = cache.inner[0].inner[0]
+    assert part.count == 1
+    assert type(part.value) is torch.Tensor
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(first, model.c(model.a(x)))
+
+
+def test_a_counter_in_an_argument_without_tensors_is_noticed():
+    def counts(m, x, cache):
+        cache.count += 1
+        return m.c(x) * cache.count
+
+    model = mpgraph.convert(Layers(counts), "bf16", capture="export")
+    with pytest.raises(CaptureError, match="changes a container or an object among its arguments"):
+        model(torch.randn(4, WIDTH), Cache())
+
+
+COUNTED = {"calls": 0}
+calls = 0
+
+
+class CountsInAGlobal(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        global calls
+        calls += 1
+        return super().forward(x) * calls
+
+
+class CountsInAGlobalDict(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        COUNTED["calls"] += 1
+        return super().forward(x) * COUNTED["calls"]
+
+
+class CountsInAClassAttribute(nn.Linear):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        CountsInAClassAttribute.calls += 1
+        return super().forward(x) * CountsInAClassAttribute.calls
+
+
+class CountsInADefault(nn.Linear):
+    def forward(self, x: Tensor, seen: list[int] = []) -> Tensor:  # noqa: B006
+        seen.append(1)
+        return super().forward(x) * len(seen)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        (CountsInAGlobal, "forward changes calls"),
+        (CountsInAGlobalDict, "held by 'COUNTED'"),
+        (CountsInAClassAttribute, "forward changes CountsInAClassAttribute.calls"),
+        (CountsInADefault, "held by 'a default argument of CountsInADefault.forward'"),
+    ],
+)
+def test_what_forward_counts_outside_of_the_model_is_counted_at_every_call(kind, what):
+    model, x = kind(WIDTH, WIDTH), torch.randn(4, WIDTH)
+    with pytest.raises(CaptureError, match=re.escape(what)):
+        mpgraph.convert(model, "bf16", capture="export")(x)
+    converted = mpgraph.convert(model, "bf16")
+    with pytest.warns(UserWarning, match=re.escape(what)):
+        got = [converted(x) for _ in range(3)]
+    # The failed captures have left no trace: this is the first call that counts.
+    plain = F.linear(x.bfloat16(), model.weight.bfloat16(), model.bias.bfloat16())
+    for count, output in enumerate(got, start=1):
+        assert torch.equal(output, plain * count)
+
+
+LIMIT = 2.0
+
+
+class ReadsClassAndGlobal(nn.Linear):
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(max=LIMIT) * self.scale
+
+
+@pytest.mark.parametrize("capture", ["export", "dynamo"])
+def test_a_changed_class_attribute_or_global_is_seen_by_the_next_call(capture, monkeypatch):
+    model = mpgraph.convert(ReadsClassAndGlobal(WIDTH, WIDTH), "fp32", capture=capture)
+    x = torch.randn(4, WIDTH)
+    plain = F.linear(x, model.weight, model.bias)
+    assert torch.equal(model(x), plain.clamp(max=2.0))
+    monkeypatch.setattr(ReadsClassAndGlobal, "scale", 3.0)
+    assert torch.equal(model(x), plain.clamp(max=2.0) * 3)
+    monkeypatch.setitem(globals(), "LIMIT", 0.0)
+    assert torch.equal(model(x), plain.clamp(max=0.0) * 3)
+
+
+def test_a_replaced_forward_of_an_inner_class_is_seen_by_the_next_call(monkeypatch):
+    class Inner(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    model = mpgraph.convert(nn.Sequential(Inner(WIDTH, WIDTH)), "fp32", capture="export")
+    x = torch.randn(4, WIDTH)
+    first = model(x)
+    monkeypatch.setattr(Inner, "forward", lambda self, x: 2 * nn.Linear.forward(self, x))
+    assert torch.equal(model(x), 2 * first)
+
+
+def asserts_and_recovers(m, x):
+    try:
+        assert x.sum() > 1e9
+    except AssertionError:
+        return m.b(x)
+    return m.a(x)
+
+
+def test_an_assert_on_data_that_forward_catches_goes_its_own_way():
+    assert verdict(asserts_and_recovers, "auto") == "bitwise by dynamo"
+
+
+def tries_and_recovers(m, x):
+    try:
+        return m.a(x[:, :3])
+    except RuntimeError:
+        return m.b(x)
+
+
+@torch.compiler.disable
+def tries_in_eager_mode(m, x):
+    return tries_and_recovers(m, x)
+
+
+def test_an_operator_that_forward_lets_fail_is_refused_with_the_way_out():
+    assert "the model's own forward fails" in verdict(tries_and_recovers, "auto")
+    with pytest.raises(CaptureError, match=r"catches this error itself.*torch\.compiler\.disable"):
+        mpgraph.convert(Layers(tries_and_recovers), "bf16", capture="dynamo")(rows(2).args[0])
+    assert verdict(lambda m, x: m.c(tries_in_eager_mode(m, x)), "auto").startswith("bitwise")

@@ -27,9 +27,10 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from mpgraph import ir
 from mpgraph.capture.captured import Assignment, Captured, Slot
 from mpgraph.capture.detect import NeedsDynamo, watch
-from mpgraph.capture.held import held_by
+from mpgraph.capture.held import Held, held_by, held_by_code, held_in
 from mpgraph.capture.modes import Marks
 from mpgraph.capture.transforms import refuse_transforms
+from mpgraph.code_state import CodeState
 from mpgraph.structure import Spec, flatten, opaque_values, same_leaves, unflatten
 
 Forward = Callable[..., Any]
@@ -92,9 +93,10 @@ class _FlatModule(nn.Module):
         if same := same_leaves(plan.call.leaves):
             leaves = tuple(leaves[index] for index in same)
         args, kwargs = unflatten(plan.call.spec, leaves)
+        held = held_in(opaque_values(plan.call.spec))
         with _attribute_changes(plan.model) as changes, _compiling(plan.call.says_compiling):
             value = plan.forward(plan.model, *args, **kwargs)
-        _refuse_changed_arguments(args, kwargs, leaves, plan.call.spec)
+        _refuse_changed_arguments(args, kwargs, leaves, plan.call.spec, held)
         outputs, plan.output = flatten(value)
         _refuse_opaque(plan.output)
         assignments = []
@@ -120,11 +122,16 @@ def _compiling(says: bool) -> Iterator[None]:
 
 
 def _refuse_changed_arguments(
-    args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[Any], spec: Spec
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    leaves: Sequence[Any],
+    spec: Spec,
+    held: Sequence[Held],
 ) -> None:
     """A container or object that the caller passed in must not differ after the call."""
     after, spec_after = flatten((args, kwargs))
-    if spec_after != spec or any(a is not b for a, b in zip(after, leaves, strict=True)):
+    is_same = spec_after == spec and all(a is b for a, b in zip(after, leaves, strict=True))
+    if not is_same or any(item.has_changed() for item in held):
         raise NeedsDynamo("forward changes a container or an object among its arguments")
 
 
@@ -228,7 +235,8 @@ def _export(wrapper: _FlatModule, call: Call) -> torch.export.ExportedProgram:
 def _attribute_changes(model: nn.Module) -> Iterator[dict[tuple[str, str, bool], Any]]:
     """Collect what the block assigns to modules, and put everything back as it was."""
     before = {path: _state(module) for path, module in model.named_modules()}
-    held = held_by(model)
+    code = CodeState(list(model.modules()))
+    held, values = [*held_by(model), *held_by_code(code)], code.values()
     changes: dict[tuple[str, str, bool], Any] = {}
     yield changes
     for path, module in model.named_modules():
@@ -238,6 +246,8 @@ def _attribute_changes(model: nn.Module) -> Iterator[dict[tuple[str, str, bool],
     for item in held:
         if item.has_changed():
             raise NeedsDynamo(f"forward changes what is held by {item.path!r}")
+    for name in code.changed_since(values):
+        raise NeedsDynamo(f"forward changes {name}, which a graph would freeze")
 
 
 def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:

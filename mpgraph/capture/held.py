@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-# How far into plain objects (a config, and the configs inside it) one looks.
-_DEPTH = 2
+from mpgraph.code_state import CodeState
+
+# How far into plain objects one looks: a config, and the configs inside it; a cache of caches.
+_DEPTH_OF_MODULES = 2
+_DEPTH_OF_ARGUMENTS = 6
 _MODULE_STATE = frozenset(vars(nn.Module())) | {"_mpgraph"}
 _CLOSED = (
     nn.Module, torch.Tensor, type, types.ModuleType, types.FunctionType, types.MethodType,
@@ -59,22 +62,32 @@ def _is_equal_plain(now: Any, then: Any) -> bool:
 
 def held_by(model: nn.Module) -> list[Held]:
     """Everything that the modules hold, but not the modules' own tables."""
-    return held_in(
+    attributes = (
         (f"{path}.{name}".lstrip("."), value)
         for path, module in model.named_modules()
         for name, value in vars(module).items()
         if name not in _MODULE_STATE
     )
+    return _held_in(attributes, _DEPTH_OF_MODULES)
 
 
-def held_in(values: Iterable[tuple[str, Any]]) -> list[Held]:
-    """What named values hold: they themselves, and what is inside them."""
+def held_by_code(code: CodeState) -> list[Held]:
+    """The containers among globals, class attributes and default arguments."""
+    return _held_in(code.containers, 0)
+
+
+def held_in(values: Iterable[object]) -> list[Held]:
+    """What the caller's arguments hold: they themselves, and what is inside them."""
+    return _held_in((("", value) for value in values), _DEPTH_OF_ARGUMENTS)
+
+
+def _held_in(values: Iterable[tuple[str, Any]], limit: int) -> list[Held]:
     found: list[Held] = []
     seen: set[int] = set()
     waiting = [(path, value, 0) for path, value in values]
     while waiting:
         path, value, depth = waiting.pop()
-        container = _opened(value, depth)
+        container = _opened(value, depth < limit)
         if container is None or id(container) in seen:
             continue
         seen.add(id(container))
@@ -85,10 +98,10 @@ def held_in(values: Iterable[tuple[str, Any]]) -> list[Held]:
     return found
 
 
-def _opened(value: Any, depth: int) -> Any:
+def _opened(value: Any, enter_objects: bool) -> Any:
     if isinstance(value, (list, dict, set, tuple)):
         return value
-    if isinstance(value, _CLOSED) or depth >= _DEPTH:
+    if isinstance(value, _CLOSED) or not enter_objects:
         return None
     table = getattr(value, "__dict__", None)
     return table if isinstance(table, dict) else None

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
-from mpgraph.capture.held import held_by
+from mpgraph.capture.held import held_by, held_by_code, held_in
+from mpgraph.code_state import CodeState
 
 
 @contextlib.contextmanager
-def undone_on_failure(model: nn.Module) -> Iterator[None]:
+def undone_on_failure(model: nn.Module, arguments: Iterable[Any] = ()) -> Iterator[None]:
     """If the block fails, put attributes, containers and random states back as they were.
+
+    So too what ``arguments`` hold: objects that the caller passes in, such as an empty cache.
 
     A forward that is traced half and then fails has already counted its counters, appended to
     its lists and assigned traced tensors to its buffers; the engine that tries next runs it
@@ -25,7 +28,9 @@ def undone_on_failure(model: nn.Module) -> Iterator[None]:
     tables = [
         (table, table.copy()) for own, _ in attributes for table in own.values() if _is_table(table)
     ]
-    held = held_by(model)
+    code = CodeState(list(model.modules()))
+    values = code.values()
+    held = [*held_by(model), *held_in(arguments), *held_by_code(code)]
     numpy: Any = sys.modules.get("numpy")
     state = random.getstate()
     numpy_state = numpy.random.get_state() if numpy else None
@@ -40,6 +45,7 @@ def undone_on_failure(model: nn.Module) -> Iterator[None]:
             table.update(before)
         for item in held:
             item.restore()
+        code.restore(values)
         random.setstate(state)
         if numpy:
             numpy.random.set_state(numpy_state)
