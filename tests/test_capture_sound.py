@@ -181,6 +181,10 @@ def checkpoint_with_other_random_numbers(m, x):
     return m.c(checkpoint(part, x, use_reentrant=False, preserve_rng_state=False))
 
 
+def reentrant_checkpoint(m, x):
+    return m.c(m.b(x) + checkpoint(lambda u, v: m.a(u).sin() + v, x, x * 2, use_reentrant=True))
+
+
 def deterministic_algorithms(m, x):
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
@@ -284,6 +288,14 @@ def test_what_export_would_lose_is_refused_by_it_and_carried_by_dynamo(body, rea
 def test_the_choice_of_an_attention_kernel_is_kept():
     assert "a switch of torch's own" in verdict(attention_kernel, "export", heads)
     assert verdict(attention_kernel, "auto", heads) == "bitwise by dynamo"
+
+
+def test_a_reentrant_checkpoint_without_a_gradient_to_hand_on_gives_its_layers_none():
+    def without_gradients(batch: int) -> Call:
+        return call(torch.randn(batch + 2, WIDTH))
+
+    for inputs in (rows, without_gradients):
+        assert verdict(reentrant_checkpoint, "auto", inputs) == "bitwise by dynamo"
 
 
 def test_a_refusal_names_the_users_line():
