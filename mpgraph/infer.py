@@ -80,9 +80,11 @@ def _ask(
             return ir.retype(val, cast_to)
         return val
 
-    args = map_arg(node.args, value_of)
-    kwargs = {**map_arg(node.kwargs, value_of), **extra}
-    result = _run(node.target, args, kwargs, node.meta["captured"])
+    target, args, kwargs = node.target, node.args, {**node.kwargs, **extra}
+    if "dtype" in extra:
+        target, args, kwargs = ir.call_with_dtype(node, extra["dtype"])
+    args, kwargs = map_arg(args, value_of), map_arg(kwargs, value_of)
+    result = _run(target, args, kwargs, node.meta["captured"])
     return [leaf.dtype if isinstance(leaf, torch.Tensor) else None for leaf in _leaves(result)]
 
 
