@@ -53,6 +53,7 @@ class Layers(nn.Module):
         self.listed = [torch.ones(WIDTH)]
         self.named = {"scale": torch.ones(WIDTH)}
         self.holder = Holder()
+        self.stray = [nn.Parameter(torch.randn(WIDTH))]  # registered nowhere
         self.body = body
 
     def forward(self, *args: Any) -> Any:
@@ -248,7 +249,12 @@ def counts_in_an_object(m, x):
     return m.c(m.a(x) * m.holder.count)
 
 
+def parameter_in_a_list(m, x):
+    return m.c(m.a(x) * m.stray[0])
+
+
 LOST = [
+    (parameter_in_a_list, "registered on no module would lose its gradient"),
     (no_grad_around_cond, "loses the block around cond"),
     (no_grad_around_a_cond_with_layers, "loses the block around cond"),
     (no_grad_around_while_loop, "loses the block around while_loop"),
@@ -533,3 +539,26 @@ def test_an_operator_that_forward_lets_fail_is_refused_with_the_way_out():
     with pytest.raises(CaptureError, match=r"catches this error itself.*torch\.compiler\.disable"):
         mpgraph.convert(Layers(tries_and_recovers), "bf16", capture="dynamo")(rows(2).args[0])
     assert verdict(lambda m, x: m.c(tries_in_eager_mode(m, x)), "auto").startswith("bitwise")
+
+
+def test_the_gradient_of_a_parameter_in_a_list_is_that_of_autocast():
+    torch.manual_seed(0)
+    model, x = Layers(parameter_in_a_list), torch.randn(4, WIDTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+    expected.float().sum().backward()
+    want, model.stray[0].grad = model.stray[0].grad, None
+    with pytest.warns(UserWarning, match="registered on no module"):
+        mpgraph.convert(model, "bf16", policy="autocast-cpu")(x).float().sum().backward()
+    assert torch.equal(model.stray[0].grad, want)
+
+
+@pytest.mark.parametrize("capture", ["export", "dynamo"])
+def test_a_hook_that_is_added_or_removed_is_seen_by_the_next_call(capture):
+    model = mpgraph.convert(nn.Sequential(nn.Linear(WIDTH, WIDTH)), "fp32", capture=capture)
+    x = torch.randn(4, WIDTH)
+    first = model(x)
+    hook = model[0].register_forward_hook(lambda module, inputs, output: output * 2)
+    assert torch.equal(model(x), 2 * first)
+    hook.remove()
+    assert torch.equal(model(x), first)

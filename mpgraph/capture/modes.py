@@ -121,6 +121,8 @@ class Marks:
                 tracer.graph
             ):
                 raise NeedsDynamo(f"an exported graph loses the block around {target}", user_line())
+            if kind == "get_attr" and str(target).startswith("_param_constant"):
+                _refuse_stray_parameter(getattr(tracer.root, str(target), None))
             node: fx.Node = original(tracer, kind, target, *args, **kw)
             node.meta[_MARK] = modes_now(self.device)
             return node
@@ -163,6 +165,14 @@ class Marks:
             return around
         chosen = (dtype or torch.get_autocast_dtype(self.device)) if enabled else None
         return dataclasses.replace(around, autocast=chosen)
+
+
+def _refuse_stray_parameter(value: Any) -> None:
+    """A parameter in a list or a closure becomes a constant, which has no gradient."""
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        raise NeedsDynamo(
+            "a parameter that is registered on no module would lose its gradient", user_line()
+        )
 
 
 def _body(gm: fx.GraphModule, node: fx.Node, index: int) -> fx.GraphModule:
