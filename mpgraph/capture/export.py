@@ -168,11 +168,27 @@ def capture_export(
     refuse_transforms(gm)
     _refuse_generators(gm)
     slots, constants = _slots(program, call, model)
+    live = _live(gm)
+    for node, slot in zip(gm.graph.find_nodes(op="placeholder"), slots, strict=True):
+        if node in live:
+            marks.refuse_stray(constants.get(slot.target))
     _annotate(gm, slots, call)
     accepts = _guards(program)
     _drop_unused_placeholders(gm)
     seconds = time.perf_counter() - started
     return Captured(gm, constants, plan.output, plan.assignments, accepts, seconds)
+
+
+def _live(gm: fx.GraphModule) -> set[fx.Node]:
+    """What the results depend on. torch.nn.LSTM looks at its real parameters, to no effect."""
+    live: set[fx.Node] = set()
+    waiting = [gm.graph.output_node()]
+    while waiting:
+        node = waiting.pop()
+        if node not in live:
+            live.add(node)
+            waiting.extend(node.all_input_nodes)
+    return live
 
 
 @contextlib.contextmanager

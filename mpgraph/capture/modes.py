@@ -104,6 +104,7 @@ class Marks:
     def __init__(self, device: str) -> None:
         self.device = device
         self.outside = modes_now(device)
+        self._strays: dict[int, str] = {}
 
     def begin(self) -> None:
         """Take what is in force now as what is in force around the whole graph."""
@@ -122,7 +123,7 @@ class Marks:
             ):
                 raise NeedsDynamo(f"an exported graph loses the block around {target}", user_line())
             if kind == "get_attr" and str(target).startswith("_param_constant"):
-                _refuse_stray_parameter(getattr(tracer.root, str(target), None))
+                self._note_stray(getattr(tracer.root, str(target), None))
             node: fx.Node = original(tracer, kind, target, *args, **kw)
             node.meta[_MARK] = modes_now(self.device)
             return node
@@ -133,6 +134,18 @@ class Marks:
             yield
         finally:
             tracer_class.create_node = original
+
+    def _note_stray(self, value: Any) -> None:
+        """A parameter that is not the model's: from a list or a closure."""
+        if isinstance(value, torch.Tensor) and value.requires_grad and value.numel():
+            self._strays.setdefault(value.data_ptr(), user_line())
+
+    def refuse_stray(self, constant: Any) -> None:
+        """Refuse a constant of the finished graph that is a parameter: it has no gradient."""
+        if isinstance(constant, torch.Tensor) and constant.layout is torch.strided:
+            if (line := self._strays.get(constant.data_ptr())) is not None:
+                what = "a parameter that is registered on no module would lose its gradient"
+                raise NeedsDynamo(what, line)
 
     def check(self, gm: fx.GraphModule) -> None:
         """Refuse a graph in which a node would run in other modes than it was traced in.
@@ -165,14 +178,6 @@ class Marks:
             return around
         chosen = (dtype or torch.get_autocast_dtype(self.device)) if enabled else None
         return dataclasses.replace(around, autocast=chosen)
-
-
-def _refuse_stray_parameter(value: Any) -> None:
-    """A parameter in a list or a closure becomes a constant, which has no gradient."""
-    if isinstance(value, torch.Tensor) and value.requires_grad:
-        raise NeedsDynamo(
-            "a parameter that is registered on no module would lose its gradient", user_line()
-        )
 
 
 def _body(gm: fx.GraphModule, node: fx.Node, index: int) -> fx.GraphModule:
