@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import mpgraph
@@ -253,7 +254,28 @@ def parameter_in_a_list(m, x):
     return m.c(m.a(x) * m.stray[0])
 
 
+def freezes_for_a_moment(m, x):
+    m.a.weight.requires_grad_(False)
+    y = m.a(x)
+    m.a.weight.requires_grad = True
+    return m.c(y)
+
+
+class DoublesSines(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func is torch.ops.aten.sin.default else result
+
+
+def dispatch_mode(m, x):
+    with DoublesSines():
+        y = m.a(x).sin()
+    return m.c(y)
+
+
 LOST = [
+    (freezes_for_a_moment, "what requires_grad of the parameters is"),
+    (dispatch_mode, "the dispatch mode DoublesSines is not traced"),
     (parameter_in_a_list, "registered on no module would lose its gradient"),
     (no_grad_around_cond, "loses the block around cond"),
     (no_grad_around_a_cond_with_layers, "loses the block around cond"),

@@ -22,6 +22,7 @@ import torch
 from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint as checkpoints
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpgraph.places import is_users
 
@@ -64,6 +65,7 @@ def watch() -> Iterator[None]:
         for owner, name, what in _HOOKED:
             stack.enter_context(_replaced(owner, name, _refusal(what, getattr(owner, name))))
         stack.enter_context(_watch_saved_tensors())
+        stack.enter_context(_watch_dispatch_modes())
         stack.enter_context(_watch_checkpoints())
         stack.enter_context(_watch_random())
         stack.enter_context(_watch_generator())
@@ -116,6 +118,22 @@ def _watch_saved_tensors() -> Iterator[None]:
         )
 
     with _replaced(saved_tensors_hooks, "__enter__", refuse):
+        yield
+
+
+@contextlib.contextmanager
+def _watch_dispatch_modes() -> Iterator[None]:
+    """A mode of the user's own that is entered in forward acts below what is traced."""
+    capturing = threading.get_ident()
+    enter: Any = TorchDispatchMode.__enter__
+
+    def refuse(self: TorchDispatchMode) -> Any:
+        own = type(self).__module__.startswith("torch.")
+        if own or threading.get_ident() != capturing:
+            return enter(self)
+        raise NeedsDynamo(f"the dispatch mode {type(self).__name__} is not traced", user_line())
+
+    with _replaced(TorchDispatchMode, "__enter__", refuse):
         yield
 
 

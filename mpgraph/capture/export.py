@@ -88,7 +88,7 @@ class _FlatModule(nn.Module):
 
     def forward(self, *leaves: torch.Tensor) -> list[Any]:
         plan = self.plan
-        plan.marks.begin()
+        plan.marks.begin(plan.model.parameters())
         # Models ask `key is query`: what was one tensor for the caller is one here.
         if same := same_leaves(plan.call.leaves):
             leaves = tuple(leaves[index] for index in same)

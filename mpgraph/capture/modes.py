@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -35,6 +35,7 @@ class Modes:
     autocast: torch.dtype | None
     inference: bool
     switches: tuple[Any, ...]
+    trained: int = 0
 
     def difference(self, other: Modes) -> str:
         """The first thing in which two differ, by its name in torch; "" if there is none."""
@@ -48,6 +49,7 @@ _NAMES = {
     "grad": "the gradient mode",
     "autocast": "the torch.autocast region",
     "inference": "torch.inference_mode",
+    "trained": "what requires_grad of the parameters is",
     "switches": "a switch of torch's own (deterministic algorithms, attention or backend flags)",
 }
 
@@ -105,10 +107,16 @@ class Marks:
         self.device = device
         self.outside = modes_now(device)
         self._strays: dict[int, str] = {}
+        self._parameters: list[torch.Tensor] = []
 
-    def begin(self) -> None:
+    def begin(self, parameters: Iterable[torch.Tensor] = ()) -> None:
         """Take what is in force now as what is in force around the whole graph."""
-        self.outside = modes_now(self.device)
+        self._parameters = list(parameters)
+        self.outside = self._now()
+
+    def _now(self) -> Modes:
+        trained = hash(tuple([p.requires_grad for p in self._parameters]))
+        return dataclasses.replace(modes_now(self.device), trained=trained)
 
     @contextlib.contextmanager
     def made(self) -> Iterator[None]:
@@ -125,7 +133,7 @@ class Marks:
             if kind == "get_attr" and str(target).startswith("_param_constant"):
                 self._note_stray(getattr(tracer.root, str(target), None))
             node: fx.Node = original(tracer, kind, target, *args, **kw)
-            node.meta[_MARK] = modes_now(self.device)
+            node.meta[_MARK] = self._now()
             return node
 
         tracer_class: Any = fx.Tracer
