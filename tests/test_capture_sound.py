@@ -277,12 +277,11 @@ LOST = [
     (freezes_for_a_moment, "what requires_grad of the parameters is"),
     (dispatch_mode, "the dispatch mode DoublesSines is not traced"),
     (parameter_in_a_list, "registered on no module would lose its gradient"),
-    (no_grad_around_cond, "loses the block around cond"),
-    (no_grad_around_a_cond_with_layers, "loses the block around cond"),
-    (no_grad_around_while_loop, "loses the block around while_loop"),
-    (no_grad_around_scan, "loses the block around scan"),
-    (no_grad_around_map, "loses the block around map"),
-    (no_autocast_around_cond, "loses the block around cond"),
+    (no_grad_around_cond, "loses no_grad around cond"),
+    (no_grad_around_a_cond_with_layers, "loses no_grad around cond"),
+    (no_grad_around_while_loop, "loses no_grad around while_loop"),
+    (no_grad_around_scan, "loses no_grad around scan"),
+    (no_grad_around_map, "loses no_grad around map"),
     (inference_mode, "the gradient mode around aten"),
     (seeds_inside_fork_rng, "seeds or sets torch's random numbers"),
     (fork_rng_alone, "seeds or sets torch's random numbers"),
@@ -370,6 +369,7 @@ def vmap_over_integers(m, x):
 
 
 KEPT = [
+    no_autocast_around_cond,
     enable_grad_inside_no_grad,
     switches_gradients_by_calls,
     cond_without_a_gradient,

@@ -1,10 +1,10 @@
 """What was in force when each node was traced, and whether the exported graph still says so.
 
 torch.export records ``torch.no_grad()`` and ``torch.autocast`` blocks as calls, and turns these
-into sub-graphs afterwards. It drops a block that holds a higher-order operator (``cond``,
-``while_loop``, ``scan``, ``map``), with all that the block encloses; ``torch.inference_mode`` and
-switches such as ``sdpa_kernel`` it does not record at all. So every node is marked as it is
-traced, and the marks are held against the finished graph.
+into sub-graphs afterwards. It drops a ``no_grad`` block that holds a higher-order operator
+(``cond``, ``while_loop``, ``scan``, ``map``), so that gradients flow through all that the block
+encloses; ``torch.inference_mode`` and switches such as ``sdpa_kernel`` it does not record at all.
+So every node is marked as it is traced, and the marks are held against the finished graph.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Marks:
             if isinstance(target, torch._ops.HigherOrderOperator) and _is_inside_block(
                 tracer.graph
             ):
-                raise NeedsDynamo(f"an exported graph loses the block around {target}", user_line())
+                raise NeedsDynamo(f"an exported graph loses no_grad around {target}", user_line())
             if kind == "get_attr" and str(target).startswith("_param_constant"):
                 self._note_stray(getattr(tracer.root, str(target), None))
             node: fx.Node = original(tracer, kind, target, *args, **kw)
@@ -166,10 +166,19 @@ class Marks:
                 node.meta.pop(_MARK, None)
 
     def _check(self, gm: fx.GraphModule, expected: Modes) -> None:
+        entered: list[Modes] = []
         for node in gm.graph.nodes:
             if node.op != "call_function":
                 continue
-            if node.target is _GRAD_BLOCK:
+            # Where a block could not become a sub-graph, its own calls are left.
+            if node.target is _ENTER:
+                entered.append(expected)
+                expected = self._entered(expected, node)
+            elif node.target is _EXIT:
+                expected = entered.pop()
+            elif node.target is ir.SET_GRAD:
+                expected = dataclasses.replace(expected, grad=bool(node.args[0]))
+            elif node.target is _GRAD_BLOCK:
                 self._check(
                     _body(gm, node, 1), dataclasses.replace(expected, grad=bool(node.args[0]))
                 )
@@ -195,11 +204,6 @@ def _body(gm: fx.GraphModule, node: fx.Node, index: int) -> fx.GraphModule:
 
 
 def _is_inside_block(graph: fx.Graph) -> bool:
-    """Whether a gradient-mode or autocast block of a graph that is being traced is still open."""
-    depth = 0
-    grads: list[Any] = []
-    for node in graph.nodes:
-        depth += (node.target is _ENTER) - (node.target is _EXIT)
-        if node.target is ir.SET_GRAD:
-            grads.append(node.args[0])
-    return depth > 0 or (bool(grads) and grads[-1] == grads[0])
+    """Whether a ``no_grad`` block of a graph that is being traced is still open."""
+    calls = graph.find_nodes(op="call_function", target=ir.SET_GRAD)
+    return bool(calls) and not calls[-1].args[0]
