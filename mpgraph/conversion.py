@@ -59,7 +59,8 @@ def convert(
         max_graphs: The most kinds of call to capture before an error.
 
     Raises:
-        PrecisionError: The precision is unknown, or does not fit the model's parameters.
+        PrecisionError: The precision is unknown, or does not fit the model's parameters; or the
+            model is already wrapped in DistributedDataParallel or its like.
         PolicyError: The policy cannot be read, or an override matches nothing.
         CaptureError: With ``example_inputs``: the call cannot be captured.
 
@@ -70,6 +71,7 @@ def convert(
         torch.bfloat16
     """
     module = _as_module(model)
+    _refuse_wrapped(module)
     device = _device_of(module)
     resolved = resolve_precision(precision, device)
     settings = Settings(resolved, Policy.coerce(policy), _known(capture), device, max_graphs)
@@ -107,6 +109,21 @@ def _known(capture: str) -> str:
     if capture not in CAPTURES:
         raise PolicyError(f"unknown capture engine {capture!r}; use one of {', '.join(CAPTURES)}")
     return capture
+
+
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """A wrapper's own Python runs at every call; in a graph it would run once, at capture."""
+    for path, module in model.named_modules():
+        for base in type(module).__mro__:
+            if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
+                where = f" at {path!r}" if path else ""
+                raise PrecisionError(
+                    f"the model is already wrapped in {base.__name__}{where}. Convert first, then "
+                    f"wrap: {base.__name__}(mpgraph.convert(model, ...))."
+                )
 
 
 def _device_of(model: nn.Module) -> str:

@@ -80,9 +80,11 @@ def _ask(
             return ir.retype(val, cast_to)
         return val
 
-    args = map_arg(node.args, value_of)
-    kwargs = {**map_arg(node.kwargs, value_of), **extra}
-    result = _run(node.target, args, kwargs)
+    target, args, kwargs = node.target, node.args, {**node.kwargs, **extra}
+    if "dtype" in extra:
+        target, args, kwargs = ir.call_with_dtype(node, extra["dtype"])
+    args, kwargs = map_arg(args, value_of), map_arg(kwargs, value_of)
+    result = _run(target, args, kwargs, node.meta["captured"])
     return [leaf.dtype if isinstance(leaf, torch.Tensor) else None for leaf in _leaves(result)]
 
 
@@ -90,13 +92,14 @@ def run_on_values(node: fx.Node) -> Any:
     """What the node yields, on fake tensors, for the values that its inputs have now."""
     args = map_arg(node.args, lambda n: n.meta["val"])
     kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
-    return _run(node.target, args, kwargs)
+    return _run(node.target, args, kwargs, node.meta["val"])
 
 
-def _run(target: Any, args: Any, kwargs: Any) -> Any:
+def _run(target: Any, args: Any, kwargs: Any, known: Any) -> Any:
     # The Python dispatcher has the kernels that know symbolic sizes. A result whose size depends
     # on data gets a new symbol that nobody keeps.
-    mode = fake_mode_of(args, kwargs)
+    # A factory takes no tensor, so its own known value says which fake mode its sizes are of.
+    mode = fake_mode_of(args, kwargs, known)
     shapes = getattr(mode, "shape_env", None)
     forget = shapes.ignore_fresh_unbacked_symbols() if shapes else contextlib.nullcontext()
     with mode, torch.no_grad(), enable_python_dispatcher(), forget:

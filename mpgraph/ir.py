@@ -198,6 +198,27 @@ def is_lossless(source: torch.dtype, target: torch.dtype) -> bool:
     return torch.promote_types(source, target) is target
 
 
+_norm = torch.ops.aten.norm
+_OVERLOAD_WITH_DTYPE: dict[Any, OpOverload] = {
+    _norm.Scalar: _norm.ScalarOpt_dtype,
+    _norm.ScalarOpt_dim: _norm.ScalarOpt_dim_dtype,
+}
+
+
+def call_with_dtype(node: fx.Node, dtype: torch.dtype) -> tuple[Any, tuple[Any, ...], Any]:
+    """Target, arguments and keywords of the node with a ``dtype=`` argument.
+
+    Where the operator takes none (``norm``), another overload does; its arguments have no
+    defaults.
+    """
+    overload = _OVERLOAD_WITH_DTYPE.get(node.target)
+    if overload is None:
+        return node.target, node.args, {**node.kwargs, "dtype": dtype}
+    declared = cast(OpOverload, node.target)._schema.arguments
+    rest = [node.kwargs.get(a.name, a.default_value) for a in declared[len(node.args) :]]
+    return overload, (*node.args, *rest), {"dtype": dtype}
+
+
 def is_mutating(node: fx.Node) -> bool:
     """Whether the operator writes to one of its arguments."""
     return is_operator(node) and _is_mutable(cast(OpOverload, node.target))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mpgraph import ir
+from mpgraph.code_state import CodeState
 from mpgraph.errors import PrecisionError
 
 _PLAIN = (
@@ -43,6 +44,7 @@ class ModuleTree:
         self._versions: dict[Any, int] = {}
         self._values: list[Any] = []
         self._version = -1
+        self.code = CodeState(self.modules)
         self._collect()
         # Not those that forward adds later: it is the one to write them.
         self._tensors = list(_places(self._tables, lambda v: isinstance(v, torch.Tensor)))
@@ -63,6 +65,9 @@ class ModuleTree:
         """A number that stands for the plain attributes and hooks as they are now."""
         if [len(table) for table in self._tables] != self._sizes:
             self._collect()
+        if [len(table) for table in self.code.tables] != self._class_sizes:
+            self.code = CodeState(self.modules)
+            self._collect()
         values = [table.get(key) for table, key in self._plain]
         values += [_frozen(table.get(key)) for table, key in self._lists]
         values += [isinstance(table.get(key), torch.Tensor) for table, key in self._tensors]
@@ -82,7 +87,9 @@ class ModuleTree:
         owners = list(_tables_of(self.modules))
         self._tables = owners
         self._sizes = [len(table) for table in owners]
+        self._class_sizes = [len(table) for table in self.code.tables]
         self._plain = list(_places(owners, lambda v: isinstance(v, _PLAIN)))
+        self._plain += [(table, name) for table, name, _ in self.code.places]
         self._lists = list(_places(owners, _is_plain_list))
         # The root's own hooks run around the graph, not in it.
         self._hooks = [vars(m)[name] for m in self.modules[1:] for name in _HOOKS]

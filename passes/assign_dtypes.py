@@ -221,7 +221,7 @@ def _decision(node: fx.Node, choice: RuleChoice, compute: torch.dtype | None) ->
         # The kernel wants weights in the dtype of the running statistics that it writes to.
         if (stored := ir.dtype_of(statistics)) is not dtype:
             return decide(dtype=stored, reason="in the dtype of its own running statistics")
-    if choice.set_dtype:
+    if choice.set_dtype or choice.append_dtype:
         return decide(dtype=None, argument=None if _has_dtype(node) else dtype)
     return decide(dtype=dtype)
 

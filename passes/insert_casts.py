@@ -37,7 +37,7 @@ def _set_argument(node: fx.Node, dtype: torch.dtype) -> int:
     source = node.args[0]
     if not isinstance(source, fx.Node) or ir.dtype_of(source) is dtype:
         return 0
-    node.kwargs = {**node.kwargs, "dtype": dtype}
+    node.target, node.args, node.kwargs = ir.call_with_dtype(node, dtype)
     return 1
 
 

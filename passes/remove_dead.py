@@ -37,7 +37,13 @@ def _is_pure(node: fx.Node) -> bool:
         and not ir.is_higher_order(node)
         and not ir.is_random(node)
         and not _only_checks(node)
+        and not _is_of_a_transform(node)
     )
+
+
+def _is_of_a_transform(node: fx.Node) -> bool:
+    """Whether the call opens or closes a function transform such as ``vmap``."""
+    return str(getattr(node.target, "__module__", "")).startswith("torch._functorch")
 
 
 def _only_checks(node: fx.Node) -> bool:

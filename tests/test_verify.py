@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from mpgraph import ir
 from mpgraph.errors import MPGraphError, VerificationError
+from mpgraph.infer import run_on_values
 from mpgraph.op_table import Rule
 from mpgraph.passes import DEFAULT_PASSES
 from mpgraph.pipeline import run_passes
@@ -147,3 +149,14 @@ def test_an_operand_of_another_dtype_than_the_branch_takes(branched):
     assert problem(branched, decided=True)[0] == (
         f"node %cond (cond) gives bf16 to a sub-graph that takes fp32 %{inner.name}."
     )
+
+
+def test_a_factory_of_a_symbolic_size_is_checked_too():
+    class Growing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.zeros(x.shape[0], 1)
+
+    batch = torch.export.Dim("batch", min=2)
+    exported = torch.export.export(Growing(), (torch.ones(4, 3),), dynamic_shapes=({0: batch},))
+    (zeros,) = [n for n in exported.graph.nodes if "zeros" in str(n.target)]
+    assert run_on_values(zeros).dtype is torch.float32

@@ -108,6 +108,10 @@ _WAY_OUT = (
     "Put what cannot be traced into a function decorated with @torch.compiler.disable: it then "
     "runs in eager mode under torch.autocast, its gradients included."
 )
+_CAUGHT = (
+    "If forward catches this error itself, put the try into a function decorated with "
+    "@torch.compiler.disable: it then runs in eager mode under torch.autocast."
+)
 
 
 def explain_failure(error: Exception, before: str = "") -> Exception:
@@ -155,5 +159,5 @@ def _account(error: Exception) -> list[str]:
             "mpgraph.convert.",
         ]
     if isinstance(error, exc.TorchRuntimeError) and (got := _GOT.search(str(error))):
-        return [f"the model's own forward fails: {got[1]}: {got[3]}", where]
+        return [f"the model's own forward fails: {got[1]}: {got[3]}", where, _CAUGHT]
     return [f"Dynamo cannot carry this model: {_summary(str(error))}", where, _WAY_OUT]

@@ -3,7 +3,8 @@
 Non-strict export runs the model's Python on fake tensors. Anything that acts on autograd rather
 than on values leaves no node behind: a custom ``autograd.Function`` loses its backward, a tensor
 hook is never called again, reentrant checkpointing detaches. The same goes for Python state: a
-counter is frozen, a random number becomes a constant. Each of these raises
+counter is frozen, a random number becomes a constant, a seed is set once and never again. Each of
+these raises
 :class:`NeedsDynamo` here, so that the other engine carries the model, or the user is told.
 """
 
@@ -19,6 +20,9 @@ from typing import Any
 
 import torch
 from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import checkpoint as checkpoints
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpgraph.places import is_users
 
@@ -60,7 +64,11 @@ def watch() -> Iterator[None]:
         stack.enter_context(_watch_functions())
         for owner, name, what in _HOOKED:
             stack.enter_context(_replaced(owner, name, _refusal(what, getattr(owner, name))))
+        stack.enter_context(_watch_saved_tensors())
+        stack.enter_context(_watch_dispatch_modes())
+        stack.enter_context(_watch_checkpoints())
         stack.enter_context(_watch_random())
+        stack.enter_context(_watch_generator())
         yield
 
 
@@ -96,6 +104,55 @@ def _watch_functions() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _watch_saved_tensors() -> Iterator[None]:
+    capturing, enter = threading.get_ident(), saved_tensors_hooks.__enter__
+
+    def refuse(self: saved_tensors_hooks) -> None:
+        # A checkpoint's own hooks decide what is kept, not what comes out.
+        own = type(self).__module__ == checkpoints.__name__
+        if own or threading.get_ident() != capturing:
+            return enter(self)
+        raise NeedsDynamo(
+            f"{type(self).__name__} acts on saved tensors, which an exported graph does not know",
+            user_line(),
+        )
+
+    with _replaced(saved_tensors_hooks, "__enter__", refuse):
+        yield
+
+
+@contextlib.contextmanager
+def _watch_dispatch_modes() -> Iterator[None]:
+    """A mode of the user's own that is entered in forward acts below what is traced."""
+    capturing = threading.get_ident()
+    enter: Any = TorchDispatchMode.__enter__
+
+    def refuse(self: TorchDispatchMode) -> Any:
+        own = type(self).__module__.startswith("torch.")
+        if own or threading.get_ident() != capturing:
+            return enter(self)
+        raise NeedsDynamo(f"the dispatch mode {type(self).__name__} is not traced", user_line())
+
+    with _replaced(TorchDispatchMode, "__enter__", refuse):
+        yield
+
+
+@contextlib.contextmanager
+def _watch_checkpoints() -> Iterator[None]:
+    """A checkpoint that draws other random numbers when it recomputes has other gradients."""
+    name = "_checkpoint_without_reentrant_generator"
+    original = getattr(checkpoints, name, None)
+
+    def generator(function: Any, preserve_rng_state: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if not preserve_rng_state:
+            raise NeedsDynamo("a checkpoint with preserve_rng_state=False", user_line())
+        return original(function, preserve_rng_state, *args, **kwargs)  # type: ignore[misc]
+
+    with _replaced(checkpoints, name, generator) if original else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
 def _replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
     inherited = name not in vars(owner)
     original = getattr(owner, name)
@@ -122,6 +179,42 @@ def _watch_random() -> Iterator[None]:
     if numpy and _position(numpy.random.get_state()) != _position(numpy_state):
         numpy.random.set_state(numpy_state)
         raise NeedsDynamo("forward draws numbers from numpy.random")
+
+
+class _WatchedGenerator:
+    """Stands in for torch's default generator, which forward must not seed or set back."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+        self._thread = threading.get_ident()
+
+    def __getattr__(self, name: str) -> Any:
+        # Reading the state is harmless, and checkpoints do; Dynamo sets it back as it was.
+        is_change = name in ("manual_seed", "seed", "initial_seed", "set_state")
+        if is_change and threading.get_ident() == self._thread and is_users(_caller()):
+            raise NeedsDynamo("forward seeds or sets torch's random numbers", user_line())
+        return getattr(self._generator, name)
+
+
+def _caller() -> str:
+    """The file of whatever called a function of torch.random, or left its context manager."""
+    frame = sys._getframe(2)
+    while frame.f_back and frame.f_code.co_filename in _BETWEEN:
+        frame = frame.f_back
+    return frame.f_code.co_filename
+
+
+_BETWEEN = frozenset({torch.random.__file__, contextlib.__file__})
+
+
+@contextlib.contextmanager
+def _watch_generator() -> Iterator[None]:
+    watched = _WatchedGenerator(torch.default_generator)
+    with (
+        _replaced(torch, "default_generator", watched),
+        _replaced(torch.random, "default_generator", watched),
+    ):
+        yield
 
 
 def _position(state: Any) -> tuple[Any, ...]:

@@ -23,7 +23,11 @@ def configured(device: str, limit: int) -> Iterator[None]:
             trace_numpy=False,
             # A counter on a module would otherwise compile the model anew at every call.
             allow_unspec_int_on_nn_module=True,
+            # A hook that is added between calls is seen.
+            skip_nnmodule_hook_guards=False,
             allow_rnn=True,  # otherwise every torch.nn.LSTM is left to eager mode
+            # An assert on data stays one, with its own exception, which forward may catch.
+            rewrite_assert_with_torch_assert=False,
             fail_on_recompile_limit_hit=True,
             # Graphs are counted per model in _compile; Dynamo counts per function of the
             # user's source, whichever model runs it.

@@ -21,7 +21,7 @@ from mpgraph.module import Specialisation, State, capturing, make_specialisation
 from mpgraph.passes import DEFAULT_PASSES
 from mpgraph.pipeline import PassContext, PassReport, run_passes
 from mpgraph.precision import logger
-from mpgraph.structure import Spec, leaf_names
+from mpgraph.structure import Spec, leaf_names, opaque_values
 
 
 def capture_call(
@@ -122,8 +122,10 @@ def _capture_export(
             if isinstance(failure, GuardOnDataDependentSymNode) and not call.says_compiling:
                 continue  # a value, not a size, is what the model needs to know
             try:
-                with undone_on_failure(model):
-                    captured = capture_export(model, forward, call, context.autocast())
+                with undone_on_failure(model, opaque_values(spec)):
+                    captured = capture_export(
+                        model, forward, call, context.autocast(), context.device
+                    )
                 return captured, run_passes(captured.graph_module, DEFAULT_PASSES, context)
             except (NeedsDynamo, MPGraphError):
                 raise

@@ -27,6 +27,10 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from mpgraph import ir
 from mpgraph.capture.captured import Assignment, Captured, Slot
 from mpgraph.capture.detect import NeedsDynamo, watch
+from mpgraph.capture.held import Held, held_by, held_by_code, held_in
+from mpgraph.capture.modes import Marks
+from mpgraph.capture.transforms import refuse_transforms
+from mpgraph.code_state import CodeState
 from mpgraph.structure import Spec, flatten, opaque_values, same_leaves, unflatten
 
 Forward = Callable[..., Any]
@@ -67,6 +71,7 @@ class _Plan:
     model: nn.Module
     forward: Forward
     call: Call
+    marks: Marks
     output: Spec | None = None
     assignments: tuple[Assignment, ...] = ()
 
@@ -83,13 +88,15 @@ class _FlatModule(nn.Module):
 
     def forward(self, *leaves: torch.Tensor) -> list[Any]:
         plan = self.plan
+        plan.marks.begin(plan.model.parameters())
         # Models ask `key is query`: what was one tensor for the caller is one here.
         if same := same_leaves(plan.call.leaves):
             leaves = tuple(leaves[index] for index in same)
         args, kwargs = unflatten(plan.call.spec, leaves)
+        held = held_in(opaque_values(plan.call.spec))
         with _attribute_changes(plan.model) as changes, _compiling(plan.call.says_compiling):
             value = plan.forward(plan.model, *args, **kwargs)
-        _refuse_changed_arguments(args, kwargs, leaves, plan.call.spec)
+        _refuse_changed_arguments(args, kwargs, leaves, plan.call.spec, held)
         outputs, plan.output = flatten(value)
         _refuse_opaque(plan.output)
         assignments = []
@@ -115,11 +122,16 @@ def _compiling(says: bool) -> Iterator[None]:
 
 
 def _refuse_changed_arguments(
-    args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[Any], spec: Spec
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    leaves: Sequence[Any],
+    spec: Spec,
+    held: Sequence[Held],
 ) -> None:
     """A container or object that the caller passed in must not differ after the call."""
     after, spec_after = flatten((args, kwargs))
-    if spec_after != spec or any(a is not b for a, b in zip(after, leaves, strict=True)):
+    is_same = spec_after == spec and all(a is b for a, b in zip(after, leaves, strict=True))
+    if not is_same or any(item.has_changed() for item in held):
         raise NeedsDynamo("forward changes a container or an object among its arguments")
 
 
@@ -136,27 +148,47 @@ def capture_export(
     forward: Forward,
     call: Call,
     autocast: contextlib.AbstractContextManager[Any],
+    device: str = "cpu",
 ) -> Captured:
-    """Export one call of ``forward(model, …)``, traced inside ``autocast``.
+    """Export one call of ``forward(model, …)``, traced inside ``autocast`` of ``device``.
 
     Raises:
         NeedsDynamo: Exporting would drop something; the other engine can carry it.
         Exception: Whatever torch.export or the model raises.
     """
     started = time.perf_counter()
-    plan = _Plan(model, forward, call)
+    marks = Marks(device)
+    plan = _Plan(model, forward, call, marks)
     with _quiet(), torch.random.fork_rng(devices=[]), watch(), _same_containers(model):
-        with autocast:
+        with autocast, marks.made():
             program = _export(_FlatModule(plan), call)
     assert plan.output is not None
     gm = program.graph_module
+    marks.check(gm)
+    refuse_transforms(gm)
     _refuse_generators(gm)
     slots, constants = _slots(program, call, model)
+    live = _live(gm)
+    for node, slot in zip(gm.graph.find_nodes(op="placeholder"), slots, strict=True):
+        if node in live:
+            marks.refuse_stray(constants.get(slot.target))
     _annotate(gm, slots, call)
     accepts = _guards(program)
     _drop_unused_placeholders(gm)
     seconds = time.perf_counter() - started
     return Captured(gm, constants, plan.output, plan.assignments, accepts, seconds)
+
+
+def _live(gm: fx.GraphModule) -> set[fx.Node]:
+    """What the results depend on. torch.nn.LSTM looks at its real parameters, to no effect."""
+    live: set[fx.Node] = set()
+    waiting = [gm.graph.output_node()]
+    while waiting:
+        node = waiting.pop()
+        if node not in live:
+            live.add(node)
+            waiting.extend(node.all_input_nodes)
+    return live
 
 
 @contextlib.contextmanager
@@ -219,19 +251,24 @@ def _export(wrapper: _FlatModule, call: Call) -> torch.export.ExportedProgram:
 def _attribute_changes(model: nn.Module) -> Iterator[dict[tuple[str, str, bool], Any]]:
     """Collect what the block assigns to modules, and put everything back as it was."""
     before = {path: _state(module) for path, module in model.named_modules()}
+    code = CodeState(list(model.modules()))
+    held, values = [*held_by(model), *held_by_code(code)], code.values()
     changes: dict[tuple[str, str, bool], Any] = {}
     yield changes
     for path, module in model.named_modules():
-        old_buffers, old_attributes, old_lengths = before.get(path, ({}, {}, {}))
+        old_buffers, old_attributes = before.get(path, ({}, {}))
         changes.update(_restore(path, module._buffers, old_buffers, True))
         changes.update(_restore(path, vars(module), old_attributes, False))
-        _refuse_grown(path, module, old_lengths)
+    for item in held:
+        if item.has_changed():
+            raise NeedsDynamo(f"forward changes what is held by {item.path!r}")
+    for name in code.changed_since(values):
+        raise NeedsDynamo(f"forward changes {name}, which a graph would freeze")
 
 
-def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     attributes = {k: v for k, v in vars(module).items() if k not in _MODULE_STATE}
-    sizes = {k: len(v) for k, v in attributes.items() if isinstance(v, (list, dict, set))}
-    return dict(module._buffers), attributes, sizes
+    return dict(module._buffers), attributes
 
 
 _MODULE_STATE = frozenset(vars(nn.Module()))
@@ -275,15 +312,6 @@ def _refuse_plain(path: str, name: str, value: Any) -> None:
     if not leaves or any(True for _ in opaque_values(spec)):
         owner = f"{path}.{name}" if path else name
         raise NeedsDynamo(f"forward changes the attribute {owner!r}, which a graph would freeze")
-
-
-def _refuse_grown(path: str, module: nn.Module, lengths: dict[str, int]) -> None:
-    for name, length in lengths.items():
-        value = vars(module).get(name)
-        if isinstance(value, (list, dict, set)) and len(value) != length:
-            raise NeedsDynamo(
-                f"forward adds to the {type(value).__name__} {path}.{name}".replace(" .", " ")
-            )
 
 
 _KINDS = {

@@ -7,11 +7,13 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+import torch.nn.attention
 from torch import fx
 
 from mpgraph import ir
 from mpgraph.capture import kept
 from mpgraph.capture.ambient import Ambient, with_ambient
+from mpgraph.capture.transforms import closes, opens
 from mpgraph.errors import CaptureError
 from mpgraph.infer import fake_mode_of
 from mpgraph.pipeline import PassContext
@@ -48,15 +50,23 @@ def keep_calls(
 
     ``untraceable`` names calls that an earlier attempt has found out about.
     """
+    _refuse_inference_mode(gm)
     segment: list[fx.Node] = []
+    differentiated: set[fx.Node] = set()
     depth = 0
     for node, around in list(with_ambient(gm.graph, ambient, context)):
-        depth += _opens(node) - _closes(node)
+        depth += opens(node) - closes(node)
         if depth or segment:
             segment.append(node)
-            if not depth:
+            # What vjp returns differentiates wrapped values later on.
+            differentiated.update(u for u in node.users if u.target is _TRANSFORMS_GRAD)
+            differentiated.discard(node)
+            if not depth and not differentiated:
                 _fold(gm, segment, context, around)
                 segment = []
+        elif node.target is _SET_ATTENTION:
+            # With the names of the kernels, which are no tensors and cannot cross a border.
+            _fold(gm, [*node.all_input_nodes, node], context, around)
         elif node.name in untraceable:
             _fold(gm, [node], context, around)
         else:
@@ -64,6 +74,16 @@ def keep_calls(
     if segment:
         raise CannotLower("a function transform is left open", segment[0])
     gm.graph.lint()
+
+
+def _refuse_inference_mode(gm: fx.GraphModule) -> None:
+    # Tracing would enter it, fail, and leave the whole process in it.
+    for node in gm.graph.nodes:
+        if node.target is _ENTER_INFERENCE_MODE:
+            raise CannotLower("torch.inference_mode cannot be traced", node)
+
+
+_ENTER_INFERENCE_MODE = torch.autograd.grad_mode._enter_inference_mode
 
 
 def _keep(
@@ -160,18 +180,10 @@ def _fresh_name(gm: fx.GraphModule, name: str) -> str:
     return name
 
 
-_OPENING = ("increment_nesting", "enter_dual_level")
-_CLOSING = ("decrement_nesting", "exit_dual_level")
+_SET_ATTENTION: Any = getattr(torch.nn.attention, "_sdpa_kernel", None)
+_TRANSFORMS_GRAD: Any = getattr(torch._functorch.eager_transforms, "_autograd_grad", None)
 _METHODS = frozenset({"requires_grad_", "retain_grad", "register_hook", "backward"})
 _FUNCTIONS = frozenset({torch.autograd.grad, torch.autograd.backward})
-
-
-def _opens(node: fx.Node) -> bool:
-    return getattr(node.target, "__name__", "").endswith(_OPENING)
-
-
-def _closes(node: fx.Node) -> bool:
-    return getattr(node.target, "__name__", "").endswith(_CLOSING)
 
 
 def _acts_on_autograd(node: fx.Node) -> bool:

@@ -89,7 +89,23 @@ def run_checkpoint(body: Any, *args: Any, **options: Any) -> Any:
     selective = graph_module.meta.get("_checkpoint_context_fn")
     if selective is not None:
         chosen["context_fn"] = selective
+    if chosen.get("use_reentrant", True):
+        return _run_reentrant(graph_module, args, chosen)
     return checkpoint(graph_module, *args, **chosen)
+
+
+def _run_reentrant(body: fx.GraphModule, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Parameters are no arguments of the user's function: Dynamo has made them some.
+
+    If no argument needs a gradient, a reentrant checkpoint gives its parameters none.
+    """
+    own = [isinstance(argument, nn.Parameter) for argument in args]
+
+    def run(*given: Any) -> Any:
+        left = iter(given)
+        return body(*[a if mine else next(left) for a, mine in zip(args, own, strict=True)])
+
+    return checkpoint(run, *[a for a, mine in zip(args, own, strict=True) if not mine], **options)
 
 
 def _run_under_autocast(

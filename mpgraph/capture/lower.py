@@ -25,6 +25,7 @@ from mpgraph.capture import kept
 from mpgraph.capture.ambient import ENTER_AUTOCAST, EXIT_AUTOCAST, Ambient, mark
 from mpgraph.capture.borders import with_borders
 from mpgraph.capture.keep import CannotLower, LeavesNoTrace, Rewrite, keep_calls
+from mpgraph.capture.modes import switches_kept
 from mpgraph.infer import fake_mode_of
 from mpgraph.passes import DEFAULT_PASSES
 from mpgraph.pipeline import PassContext, PassReport, run_passes
@@ -77,6 +78,7 @@ def _trace(gm: fx.GraphModule, context: PassContext, ambient: Ambient) -> fx.Gra
     tracer = _Tracer(gm, _fresh_examples(gm))
     with (
         ambient.active(context),
+        switches_kept(),
         fake_mode_of(examples),
         fx_traceback.preserve_node_meta(),
     ):

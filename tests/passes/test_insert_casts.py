@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn import functional as F
 
 from mpgraph.graph_text import text
 from mpgraph.passes.assign_dtypes import assign_dtypes
 from mpgraph.passes.insert_casts import insert_casts
+from mpgraph.passes.remove_dead import remove_dead
 from mpgraph.pipeline import run_passes
 from mpgraph.policy import Policy
 
@@ -145,3 +147,38 @@ def test_running_statistics_are_not_cast_whatever_the_policy_asks_for():
     overrides = {"overrides": policy.overrides}
     gm = check(f, torch.randn(4, 3).to(bf16), mean, var, edits=None, policy=overrides)
     assert {n.args[0].name for n in casts(gm)} <= {"x"}
+
+
+def norms(x):
+    """Both overloads that take no dtype, with and without what has a default."""
+    y = torch.mm(x, x)
+    aten = torch.ops.aten.norm
+    rows = aten.ScalarOpt_dim(y, 2, [1]) + aten.ScalarOpt_dim(y, 3, [1], True).sum()
+    return aten.Scalar(y) + aten.Scalar(y, 1) + rows
+
+
+@pytest.mark.parametrize("preset", ["default", "autocast-cuda"])
+def test_norm_becomes_the_overload_with_a_dtype(preset):
+    gm, context = decided(norms, parameter(3, 3), preset=preset)
+    run_passes(gm, [insert_casts, remove_dead], context)
+    norm = torch.ops.aten.norm
+    targets = [node.target for node in gm.graph.nodes if "norm" in str(node.target)]
+    assert (
+        sorted(map(str, targets))
+        == [str(norm.ScalarOpt_dim_dtype)] * 2 + [str(norm.ScalarOpt_dtype)] * 2
+    )
+    x = torch.randn(3, 3, requires_grad=True)
+    y = torch.mm(x.to(bf16), x.to(bf16))
+    rows = norm.ScalarOpt_dim_dtype(y, 2, [1], False, dtype=f32)
+    rows = rows + norm.ScalarOpt_dim_dtype(y, 3, [1], True, dtype=f32).sum()
+    expected = norm.ScalarOpt_dtype(y, 2, dtype=f32) + norm.ScalarOpt_dtype(y, 1, dtype=f32) + rows
+    got = gm(x)
+    got = got[0] if isinstance(got, tuple) else got
+    assert torch.equal(got, expected)
+    ours = torch.autograd.grad(got.sum(), x)[0]
+    assert torch.equal(ours, torch.autograd.grad(expected.sum(), x)[0])
+
+
+def test_norm_of_float64_stays_float64():
+    gm = check(lambda x: torch.ops.aten.norm.Scalar(x), torch.randn(3, dtype=f64), edits=0)
+    assert gm(torch.ones(4, dtype=f64)).dtype is f64

@@ -232,7 +232,11 @@ def test_a_region_around_a_condition_reaches_into_its_branches():
 
 
 def test_regions_in_and_around_branches_compute_what_autocast_computes():
-    for outer, inner in [(island, other_dtype), (other_dtype, island), (torch.no_grad, no_grad)]:
+    for outer, inner in [
+        (island, other_dtype),
+        (other_dtype, island),
+        (torch.enable_grad, no_grad),
+    ]:
         context = context_of(preset="autocast-cpu", strict=True)
         module, gm, inputs = branches(outer, inner, context)
         run_passes(gm, DEFAULT_PASSES, context)

@@ -1,0 +1,92 @@
+"""What the source of a model's classes reads besides its instances: class attributes, globals.
+
+A flag on the class (``Block.fast = False``), a constant of the file and a default argument that is
+a list are part of a graph like any attribute: written into it when it is captured.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes)
+_CONTAINERS = (list, dict, set)
+
+
+class CodeState:
+    """The places outside of the instances that the classes' own functions name."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.classes = list(
+            dict.fromkeys(c for m in modules for c in type(m).__mro__ if _is_own(c))
+        )
+        self.tables = [vars(c) for c in self.classes]
+        functions = [f for c in self.classes for f in _functions(c)]
+        names = {name for f in functions for name in _names(f.__code__)}
+        # A table and a name in it; for a class, the class to set it on.
+        self.places: list[tuple[Any, str, type | None]] = []
+        self.containers: list[tuple[str, Any]] = []
+        self._seen: set[tuple[int, str]] = set()
+        for owner, table in zip(self.classes, self.tables, strict=True):
+            self._take(table, owner, sorted(names & table.keys()), f"{owner.__name__}.")
+            if isinstance(table.get("forward"), types.FunctionType):
+                self.places.append((table, "forward", owner))
+        for function in functions:
+            read = sorted(set(_names(function.__code__)) & function.__globals__.keys())
+            self._take(function.__globals__, None, read, "")
+            defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+            where = f"a default argument of {function.__qualname__}"
+            self.containers += [(where, v) for v in defaults if isinstance(v, _CONTAINERS)]
+
+    def _take(self, table: Any, owner: type | None, names: list[str], prefix: str) -> None:
+        for name in names:
+            value = table[name]
+            if name.startswith("__") or (id(table), name) in self._seen:
+                continue
+            self._seen.add((id(table), name))
+            if isinstance(value, _PLAIN):
+                self.places.append((table, name, owner))
+            elif isinstance(value, _CONTAINERS):
+                self.containers.append((prefix + name, value))
+
+    def values(self) -> list[Any]:
+        """What stands in every place now."""
+        return [table.get(name) for table, name, _ in self.places]
+
+    def changed_since(self, before: list[Any]) -> Iterator[str]:
+        """The names of the places that hold something else than before."""
+        for (_, name, owner), then, now in zip(self.places, before, self.values(), strict=True):
+            if now is not then and (type(now) is not type(then) or now != then):
+                yield f"{owner.__name__}.{name}" if owner else name
+
+    def restore(self, before: list[Any]) -> None:
+        """Put back what stood in every place."""
+        for (table, name, owner), then in zip(self.places, before, strict=True):
+            if table.get(name) is not then:
+                if owner is not None:
+                    setattr(owner, name, then)
+                else:
+                    table[name] = then
+
+
+def _is_own(cls: type) -> bool:
+    return cls is not object and not cls.__module__.startswith(("torch.", "mpgraph."))
+
+
+def _functions(cls: type) -> Iterator[types.FunctionType]:
+    for name, value in list(vars(cls).items()):
+        function = inspect.unwrap(value) if callable(value) else value
+        is_set_up = name in ("__init__", "__init_subclass__", "__new__")
+        if isinstance(function, types.FunctionType) and not is_set_up:
+            yield function
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
