@@ -15,6 +15,7 @@ _HOMES = {
     "text": "graph_text",
     "Policy": "policy",
     "Override": "policy",
+    "LossScale": "loss_scale",
     "MPGraphError": "errors",
     "CaptureError": "errors",
     "PolicyError": "errors",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from mpgraph.errors import PrecisionError as PrecisionError
     from mpgraph.errors import VerificationError as VerificationError
     from mpgraph.graph_text import text as text
+    from mpgraph.loss_scale import LossScale as LossScale
     from mpgraph.policy import Override as Override
     from mpgraph.policy import Policy as Policy
     from mpgraph.report.report import explain as explain
