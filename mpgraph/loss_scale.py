@@ -103,6 +103,49 @@ class LossScale:
         return cls(**state).to(device)
 
 
+class CurrentScale:
+    """The loss scale of one converted model: what its next forward pass uses.
+
+    Several optimizers may step after one backward pass. What they find counts as one step: the
+    first :meth:`update` moves the scale, and a later one, until the next forward pass, moves it
+    anew from where it was, by what all of them have found.
+    """
+
+    def __init__(self, value: LossScale) -> None:
+        self.value = value
+        self.is_guarded = False
+        self.was_read = False
+        self._before: LossScale | None = None
+        self._found: torch.Tensor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a model starts with the same scale; no optimizer guards it yet."""
+        return CurrentScale, (self.value,)
+
+    def read(self) -> torch.Tensor:
+        """The scale, for a forward pass whose gradients will be scaled by it."""
+        self.was_read = True
+        self._before = None
+        return self.value.scale
+
+    def update(self, found_inf: torch.Tensor) -> None:
+        """Move the scale, after a step whose gradients were finite (0) or not (1)."""
+        if self._before is None or self._found is None:
+            self._before, self._found = self.value, found_inf
+        else:
+            self._found = torch.maximum(self._found, found_inf.to(self._found.device))
+        self.value = self._before.next(self._found)
+
+    def replace(self, value: LossScale) -> None:
+        """Use another scale, or another rule, from now on."""
+        self.value, self._before = value.to(self.value.scale.device), None
+
+    def move(self, device: torch.device) -> None:
+        """Keep the scale on this device."""
+        if self.value.scale.device != device:
+            self.value, self._before = self.value.to(device), None
+
+
 def _tensor_names() -> Iterator[str]:
     return (field.name for field in dataclasses.fields(LossScale) if field.metadata.get("tensor"))
 

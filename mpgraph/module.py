@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from mpgraph import ir
-from mpgraph.capture.captured import Captured, slots_of
+from mpgraph.capture.captured import Captured, Slot, slots_of
 from mpgraph.errors import CaptureError, MPGraphError
+from mpgraph.loss_scale import CurrentScale, LossScale
 from mpgraph.module_tree import ModuleTree
+from mpgraph.ops import enter
 from mpgraph.pipeline import PassContext, PassReport
 from mpgraph.policy import Policy
 from mpgraph.precision import Precision
@@ -40,6 +42,12 @@ class Settings:
     capture: str
     device: str
     max_graphs: int = 64
+
+    @property
+    def scaled(self) -> bool:
+        """Whether some gradients are in fp16, and need a loss scale."""
+        runs = [override.run for override in self.policy.overrides]
+        return self.precision.compute is torch.float16 or "fp16" in runs
 
 
 @dataclasses.dataclass
@@ -150,6 +158,7 @@ class State:
         # An instance's own forward (as accelerate sets it) wins over its class's.
         self.instance_forward = forward
         self.weights = WeightCopies()
+        self.scale = CurrentScale(LossScale())
         self._reset()
 
     def _reset(self) -> None:
@@ -161,7 +170,7 @@ class State:
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs are captured again after copying or loading: they point into one module."""
-        keep = ("settings", "original", "instance_forward")
+        keep = ("settings", "original", "instance_forward", "scale")
         return {name: vars(self)[name] for name in keep}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -252,6 +261,8 @@ class State:
         from mpgraph.capture.engines import capture_call
 
         self._refuse_growth()
+        if (parameter := next(model.parameters(), None)) is not None:
+            self.scale.move(parameter.device)
         # Tracing changes state of the whole process; one thread at a time.
         with _capture_lock:
             return capture_call(self, model, leaves, spec, entries)
@@ -426,26 +437,41 @@ def _gatherer(
     model: nn.Module, state: State, captured: Captured
 ) -> Callable[[Sequence[Any]], list[Any]]:
     """A function from input leaves to one value per placeholder."""
-    getters: list[Callable[[Sequence[Any]], Any]] = []
-    for slot in slots_of(captured.graph_module):
-        if slot.kind == "input":
-            getters.append(functools.partial(_leaf, index=slot.index))
-        elif slot.kind == "constant":
-            getters.append(functools.partial(_constant, value=captured.constants[slot.target]))
-        else:
-            path, _, name = slot.target.rpartition(".")
-            owner = model.get_submodule(path)
-            tables = {"buffer": owner._buffers, "attribute": vars(owner)}
-            table = tables.get(slot.kind, owner._parameters)
-            if slot.kind == "cast":
-                getters.append(
-                    functools.partial(
-                        _weight, table=table, name=name, dtype=slot.dtype, copies=state.weights
-                    )
-                )
-            else:
-                getters.append(functools.partial(_entry, table=table, name=name))
+    getters = [_getter(model, state, captured, slot) for slot in slots_of(captured.graph_module)]
     return lambda leaves: [get(leaves) for get in getters]
+
+
+Getter = Callable[[Sequence[Any]], Any]
+
+
+def _getter(model: nn.Module, state: State, captured: Captured, slot: Slot) -> Getter:
+    scale = state.scale if slot.scaled else None
+    if slot.kind == "scale":
+        return functools.partial(_read_scale, scale=state.scale)
+    if slot.kind == "cast":
+        table, name = _home(model, slot)
+        return functools.partial(
+            _weight, table=table, name=name, dtype=slot.dtype, copies=state.weights, scale=scale
+        )
+    get = _plain_getter(model, captured, slot)
+    return get if scale is None else functools.partial(_entering, get=get, scale=scale)
+
+
+def _plain_getter(model: nn.Module, captured: Captured, slot: Slot) -> Getter:
+    if slot.kind == "input":
+        return functools.partial(_leaf, index=slot.index)
+    if slot.kind == "constant":
+        return functools.partial(_constant, value=captured.constants[slot.target])
+    table, name = _home(model, slot)
+    return functools.partial(_entry, table=table, name=name)
+
+
+def _home(model: nn.Module, slot: Slot) -> tuple[dict[str, Any], str]:
+    """Where the model keeps what the slot stands for."""
+    path, _, name = slot.target.rpartition(".")
+    owner = model.get_submodule(path)
+    tables: dict[str, Any] = {"buffer": owner._buffers, "attribute": vars(owner)}
+    return tables.get(slot.kind, owner._parameters), name
 
 
 def _leaf(leaves: Sequence[Any], index: int) -> Any:
@@ -466,9 +492,18 @@ def _weight(
     name: str,
     dtype: torch.dtype | None,
     copies: WeightCopies,
+    scale: CurrentScale | None,
 ) -> Any:
     assert dtype is not None
-    return copies.get(table[name], dtype)
+    return copies.get(table[name], dtype, None if scale is None else scale.read())
+
+
+def _read_scale(leaves: Sequence[Any], scale: CurrentScale) -> Any:
+    return scale.read()
+
+
+def _entering(leaves: Sequence[Any], get: Getter, scale: CurrentScale) -> Any:
+    return enter(get(leaves), scale.read())
 
 
 def _assigner(model: nn.Module, captured: Captured) -> Callable[[list[Any]], None] | None:

@@ -9,9 +9,9 @@ Inside the region a gradient is ``scale`` times its true value; outside it is tr
 
 The backward of ``unscale`` is ``lower``, and that of ``scale`` is ``widen``: a gradient of a
 gradient obeys the same rule, to any order. With ``dtype=x.dtype`` they copy, and only the
-gradient changes. The tensor ``scale`` is saved by the forward pass, so that a backward pass leaves
-the region by the scale that it entered it with, whatever the scale has become in between; autograd
-refuses one that was changed in place.
+gradient changes. The tensor ``scale`` is kept from the forward pass, so that a backward pass leaves
+the region by the scale that it entered it with, whatever the scale has become in between. One that
+was changed in place is refused.
 """
 
 from __future__ import annotations
@@ -87,6 +87,23 @@ def _is_plain(x: torch.Tensor) -> bool:
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+def _remember(ctx: Any, x: torch.Tensor, scale: torch.Tensor) -> None:
+    # Not save_for_backward: the first backward pass frees what that holds, and the 16-bit copy
+    # of a parameter serves several.
+    ctx.dtype, ctx.scale = x.dtype, scale
+    ctx.version = None if scale.is_inference() else scale._version
+
+
+def _recall(ctx: Any) -> torch.Tensor:
+    scale: torch.Tensor = ctx.scale
+    if ctx.version is not None and scale._version != ctx.version:
+        raise RuntimeError(
+            "mpgraph: the loss scale was modified in place between a forward pass and its backward "
+            "pass. Replace it by a new one: mpgraph.guard does, and LossScale.next returns one."
+        )
+    return scale
+
+
 def _differentiable(operator: OpOverload, kernel: Kernel, derivative: Kernel) -> Kernel:
     """``operator`` with a backward pass; ``derivative`` is what that runs.
 
@@ -97,8 +114,7 @@ def _differentiable(operator: OpOverload, kernel: Kernel, derivative: Kernel) ->
     class ScaledCast(_SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, x: Any, dtype: Any, scale: Any) -> Any:
-            ctx.save_for_backward(scale)
-            ctx.dtype = x.dtype
+            _remember(ctx, x, scale)
             if _is_plain(x):
                 return kernel(x, dtype, scale)
             with torch._C._AutoDispatchBelowAutograd():
@@ -106,8 +122,7 @@ def _differentiable(operator: OpOverload, kernel: Kernel, derivative: Kernel) ->
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
-            (scale,) = ctx.saved_tensors
-            return derivative(gradients[0], ctx.dtype, scale), None, None
+            return derivative(gradients[0], ctx.dtype, _recall(ctx)), None, None
 
     apply = cast(Kernel, cast(Any, ScaledCast).apply)
 
@@ -139,3 +154,21 @@ lower = _differentiable(LOWER, _cast, _direct(UNSCALE, _divide))
 widen = _differentiable(WIDEN, _cast, _direct(SCALE, _multiply))
 _differentiable(UNSCALE, _divide, LOWER)
 _differentiable(SCALE, _multiply, WIDEN)
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        _remember(ctx, x, scale)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return UNSCALE(gradients[0], ctx.dtype, _recall(ctx)), None
+
+
+def enter(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``x`` itself, as a value of the region: for an fp16 tensor that a graph is given."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x
+    return cast(torch.Tensor, cast(Any, _Enter).apply(x, scale))

@@ -94,12 +94,21 @@ def test_a_backward_pass_leaves_by_the_scale_it_entered_with():
     assert x.grad.tolist() == [2.0, 2.0]
 
 
+def test_a_copy_serves_several_backward_passes():
+    s = torch.tensor(8.0)
+    w = torch.ones(2, requires_grad=True)
+    copy = ops.LOWER(w, f16, s)
+    for _ in range(3):
+        ops.WIDEN(copy * 2, f32, s).sum().backward()
+    assert w.grad.tolist() == [6.0, 6.0]
+
+
 def test_a_scale_changed_in_place_is_refused():
     s = torch.tensor(8.0)
     x = torch.ones(2, requires_grad=True)
     y = ops.LOWER(x, f16, s)
     s.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"modified in place.*Replace it"):
         y.sum().backward()
 
 

@@ -27,7 +27,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from mpgraph import ir
 from mpgraph.capture.captured import Assignment, Captured, Slot
 from mpgraph.capture.detect import NeedsDynamo, watch
-from mpgraph.structure import Spec, flatten, opaque_values, same_leaves, unflatten
+from mpgraph.structure import Spec, flatten, leaf_names, opaque_values, same_leaves, unflatten
 
 Forward = Callable[..., Any]
 _MISSING = object()
@@ -153,6 +153,8 @@ def capture_export(
     _refuse_generators(gm)
     slots, constants = _slots(program, call, model)
     _annotate(gm, slots, call)
+    _say_what_requires_grad(gm, call, model)
+    gm.meta["results"] = sum(1 for _ in leaf_names(plan.output))
     accepts = _guards(program)
     _drop_unused_placeholders(gm)
     seconds = time.perf_counter() - started
@@ -340,6 +342,16 @@ def _annotate(gm: fx.GraphModule, slots: list[Slot], call: Call) -> None:
         for node in body.graph.nodes:
             node.meta["module_path"] = _module_path(node)
             node.meta["captured"] = node.meta.get("val")
+
+
+def _say_what_requires_grad(gm: fx.GraphModule, call: Call, model: nn.Module) -> None:
+    for node in gm.graph.find_nodes(op="placeholder"):
+        slot = node.meta["slot"]
+        if slot.kind == "parameter":
+            node.meta["requires_grad"] = model.get_parameter(slot.target).requires_grad
+        elif slot.kind == "input":
+            leaf = call.leaves[slot.index]
+            node.meta["requires_grad"] = isinstance(leaf, torch.Tensor) and leaf.requires_grad
 
 
 _PREFIX = {"parameter": "p_", "buffer": "b_", "constant": "c_", "attribute": "a_", "input": ""}
