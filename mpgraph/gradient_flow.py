@@ -124,15 +124,10 @@ def _problems(node: fx.Node, sources: list[fx.Node], scaled: dict[fx.Node, bool]
     elif node.op == "output" and kinds - {False}:
         names = ", ".join(f"%{source.name}" for source in sources if scaled[source])
         yield f"returns {names}, whose gradient is scaled"
-    elif len(kinds) > 1 and _passes_gradients(node):
+    elif len(kinds) > 1 and (node in scaled or ir.is_mutating(node)):
         yield "takes values with scaled and with true gradients"
     elif node in scaled and is_half(node) and not scaled[node]:
         yield "yields fp16, but its gradient is not scaled"
-
-
-def _passes_gradients(node: fx.Node) -> bool:
-    """Whether a gradient goes through the node: not through comparisons, nor through sizes."""
-    return ir.is_mutating(node) or is_floating(node)
 
 
 def promotes(node: fx.Node) -> bool:

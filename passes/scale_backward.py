@@ -72,7 +72,7 @@ class _Scaler:
 
     def _treat(self, node: fx.Node) -> None:
         sources = [s for s in dict.fromkeys(node.all_input_nodes) if s in self.carrying]
-        if not sources or not (is_floating(node) or ir.is_mutating(node)):
+        if not sources or not (node in self.carrying or ir.is_mutating(node)):
             return
         if node.target is KEPT_HOOK:
             self._show_true_gradients(node, sources)
