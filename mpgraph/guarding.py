@@ -59,7 +59,7 @@ def guard(
         >>> import mpgraph, torch
         >>> model = mpgraph.convert(torch.nn.Linear(4, 2), "fp16")
         >>> optimizer = mpgraph.guard(torch.optim.SGD(model.parameters(), lr=0.1), model)
-        >>> model(torch.ones(3, 4)).sum().backward()
+        >>> model(torch.ones(3, 4)).mean().backward()
         >>> _ = optimizer.step()
         >>> bool(optimizer.last_step_skipped)
         False
