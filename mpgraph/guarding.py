@@ -248,7 +248,7 @@ def _refuse_grad_scaler() -> None:
     for _ in range(6):
         if frame is None:
             return
-        if frame.f_code in _GRAD_SCALER:
+        if frame.f_code in _GRAD_SCALER and frame.f_locals["self"].is_enabled():
             raise PrecisionError(
                 "torch.amp.GradScaler steps a guarded optimizer: gradients would be scaled twice. "
                 "Leave the scaler out: call loss.backward() and optimizer.step() themselves."

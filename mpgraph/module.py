@@ -21,7 +21,7 @@ from mpgraph.capture.captured import Captured, Slot, slots_of
 from mpgraph.errors import CaptureError, MPGraphError
 from mpgraph.loss_scale import CurrentScale, LossScale
 from mpgraph.module_tree import ModuleTree
-from mpgraph.ops import enter
+from mpgraph.ops import eager_twin, enter
 from mpgraph.pipeline import PassContext, PassReport
 from mpgraph.policy import Policy
 from mpgraph.precision import Precision
@@ -399,7 +399,7 @@ def make_specialisation(
 ) -> Specialisation:
     """Tie a rewritten graph to the module whose parameters it reads."""
     gm = captured.graph_module
-    run: Callable[..., Any] = gm.forward
+    run: Callable[..., Any] = eager_twin(gm).forward
     if any(node.target is ir.SET_GRAD for node in gm.graph.nodes):
         run = _restoring_grad_mode(run)
     return Specialisation(

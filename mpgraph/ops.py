@@ -105,10 +105,11 @@ def _recall(ctx: Any) -> torch.Tensor:
 
 
 def _differentiable(operator: OpOverload, kernel: Kernel, derivative: Kernel) -> Kernel:
-    """``operator`` with a backward pass; ``derivative`` is what that runs.
+    """``operator`` gets a backward pass, which runs ``derivative``; return a function like it.
 
-    Straight to the kernel where nobody would notice: a graph runs a scaled cast for every weight,
-    and each pass through torch's dispatcher costs as much as a small kernel.
+    Calling the function goes straight to the kernel where nobody would notice: a graph runs a
+    scaled cast for every weight, and each way through torch's dispatcher costs as much as a small
+    kernel.
     """
 
     class ScaledCast(_SingleLevelFunction):
@@ -126,6 +127,13 @@ def _differentiable(operator: OpOverload, kernel: Kernel, derivative: Kernel) ->
 
     apply = cast(Kernel, cast(Any, ScaledCast).apply)
 
+    def direct(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling() or not _is_plain(x):
+            return operator(x, dtype, scale)  # type: ignore[no-any-return]
+        if x.requires_grad and torch.is_grad_enabled():
+            return apply(x, dtype, scale)
+        return kernel(x, dtype, scale)
+
     def run(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             if torch._C._are_functorch_transforms_active():
@@ -136,7 +144,7 @@ def _differentiable(operator: OpOverload, kernel: Kernel, derivative: Kernel) ->
             return operator(x, dtype, scale)  # type: ignore[no-any-return]
 
     _library.impl(operator._schema.name, run, "Autograd")
-    return run
+    return direct
 
 
 def _direct(operator: OpOverload, kernel: Kernel) -> Kernel:
@@ -154,6 +162,19 @@ lower = _differentiable(LOWER, _cast, _direct(UNSCALE, _divide))
 widen = _differentiable(WIDEN, _cast, _direct(SCALE, _multiply))
 _differentiable(UNSCALE, _divide, LOWER)
 _differentiable(SCALE, _multiply, WIDEN)
+
+DIRECT: dict[Any, Kernel] = {LOWER: lower, WIDEN: widen}
+
+
+def eager_twin(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A graph that does the same, and calls scaled casts without torch's dispatcher."""
+    if not any(node.target in DIRECT for node in gm.graph.nodes):
+        return gm
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    for node in graph.nodes:
+        node.target = DIRECT.get(node.target, node.target)
+    return torch.fx.GraphModule(gm, graph)
 
 
 class _Enter(torch.autograd.Function):

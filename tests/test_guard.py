@@ -550,6 +550,14 @@ def test_a_grad_scaler_around_a_guard_is_refused(name, scheduled):
         scaler.step(optimizer)
 
 
+def test_a_grad_scaler_that_is_disabled_does_no_harm():
+    model = net()
+    optimizer = mpgraph.guard(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    backward(model)
+    torch.amp.GradScaler("cpu", enabled=False).step(optimizer)
+    assert not optimizer.last_step_skipped
+
+
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1)
 

@@ -18,7 +18,7 @@ from mpgraph.capture.captured import Slot, slots_of
 from mpgraph.capture.keep import CannotLower
 from mpgraph.capture.lower import Graphs, lower
 from mpgraph.loss_scale import CurrentScale
-from mpgraph.ops import enter
+from mpgraph.ops import eager_twin, enter
 from mpgraph.pipeline import NeedsStaticShapes, PassContext
 from mpgraph.precision import logger
 from mpgraph.weights import WeightCopies
@@ -110,7 +110,7 @@ def _lower(gm: fx.GraphModule, context: PassContext, ambient: Ambient) -> Graphs
 def _runner(gm: fx.GraphModule, context: PassContext) -> Callable[..., Any]:
     """Run a rewritten graph on what Dynamo passes, with autocast off inside it."""
     slots = slots_of(gm)
-    run = gm.forward
+    run = eager_twin(gm).forward
     device = context.device
 
     def run_graph(*values: Any) -> Any:
