@@ -112,10 +112,14 @@ class _Scaler:
         self._after(node, ops.LOWER, torch.float16)
 
     def _widen_results(self, output: fx.Node) -> None:
+        returned = output.args[0]
+        leaves = returned if isinstance(returned, (list, tuple)) else (returned,)
         owner = self.graph.owning_module
-        values = ir.argument_nodes(output)
-        results = set(values[: getattr(owner, "meta", {}).get("results", len(values))])
-        for value in dict.fromkeys(values):
+        assert owner is not None
+        results = [
+            leaf for leaf in leaves[: owner.meta.get("results")] if isinstance(leaf, fx.Node)
+        ]
+        for value in dict.fromkeys(ir.argument_nodes(output)):
             if not is_half(value):
                 continue
             if value in self.carrying:

@@ -153,7 +153,7 @@ def capture_export(
     _refuse_generators(gm)
     slots, constants = _slots(program, call, model)
     _annotate(gm, slots, call)
-    _say_what_requires_grad(gm, call, model)
+    _say_what_requires_grad(gm, call, model, constants)
     gm.meta["results"] = sum(1 for _ in leaf_names(plan.output))
     accepts = _guards(program)
     _drop_unused_placeholders(gm)
@@ -344,14 +344,19 @@ def _annotate(gm: fx.GraphModule, slots: list[Slot], call: Call) -> None:
             node.meta["captured"] = node.meta.get("val")
 
 
-def _say_what_requires_grad(gm: fx.GraphModule, call: Call, model: nn.Module) -> None:
+def _say_what_requires_grad(
+    gm: fx.GraphModule, call: Call, model: nn.Module, constants: dict[str, Any]
+) -> None:
     for node in gm.graph.find_nodes(op="placeholder"):
         slot = node.meta["slot"]
-        if slot.kind == "parameter":
-            node.meta["requires_grad"] = model.get_parameter(slot.target).requires_grad
-        elif slot.kind == "input":
-            leaf = call.leaves[slot.index]
-            node.meta["requires_grad"] = isinstance(leaf, torch.Tensor) and leaf.requires_grad
+        if slot.kind == "input":
+            value = call.leaves[slot.index]
+        elif slot.kind == "constant":
+            value = constants[slot.target]
+        else:
+            owner, _, name = slot.target.rpartition(".")
+            value = getattr(model.get_submodule(owner), name)
+        node.meta["requires_grad"] = isinstance(value, torch.Tensor) and value.requires_grad
 
 
 _PREFIX = {"parameter": "p_", "buffer": "b_", "constant": "c_", "attribute": "a_", "input": ""}

@@ -81,8 +81,8 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
     "adam-foreach": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=1e-2, foreach=True),
     "adam-fused": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=1e-2, fused=True),
-    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-    "sgd-fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9),
+    "sgd-fused": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, fused=True),
 }
 RULE: dict[str, Any] = {"init_scale": 2.0**14, "growth_interval": 7}
 

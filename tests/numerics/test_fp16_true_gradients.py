@@ -172,6 +172,28 @@ def test_a_tensor_in_fp16_from_outside_gets_a_true_gradient():
     assert_true_gradients(exact, converted)
 
 
+class Attribute(nn.Module):
+    """Trains a tensor that is a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 5)
+        self.extra = torch.randn(6, 6, requires_grad=True)
+
+    def forward(self, x: Tensor) -> list[Tensor | int | None]:
+        return [None, 3, self.layer(x @ self.extra.to(x.dtype))]
+
+
+def test_a_tensor_that_is_no_parameter_gets_a_true_gradient():
+    model = Attribute()
+    converted = mpgraph.convert(model, "fp16")
+    (x,) = inputs()
+    (converted(x)[2].square().mean() * SMALL).backward()
+    got, model.extra.grad = model.extra.grad, None
+    (model(x)[2].square().mean() * SMALL).backward()
+    assert (got - model.extra.grad).abs().max() < 1e-2 * model.extra.grad.abs().max()
+
+
 def test_lbfgs_finds_the_same_minimum():
     torch.manual_seed(0)
     x, target = torch.randn(32, 6), torch.randn(32, 2)
