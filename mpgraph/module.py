@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from mpgraph import ir
-from mpgraph.capture.captured import Captured, Slot, slots_of
+from mpgraph.capture.captured import Captured
 from mpgraph.errors import CaptureError, MPGraphError
+from mpgraph.gather import gatherer
 from mpgraph.loss_scale import CurrentScale, LossScale
 from mpgraph.module_tree import ModuleTree
-from mpgraph.ops import eager_twin, enter
+from mpgraph.ops import eager_twin
 from mpgraph.pipeline import PassContext, PassReport
 from mpgraph.policy import Policy
 from mpgraph.precision import Precision
@@ -404,7 +405,7 @@ def make_specialisation(
         run = _restoring_grad_mode(run)
     return Specialisation(
         label, shapes, captured, reports, context, "export", run,
-        gather=_gatherer(model, state, captured),
+        gather=gatherer(model, captured, state.weights, state.scale),
         assign=_assigner(model, captured),
     )  # fmt: skip
 
@@ -431,79 +432,6 @@ def _restoring_grad_mode(run: Callable[..., Any]) -> Callable[..., Any]:
             torch._C._set_grad_enabled(before)
 
     return run_and_restore
-
-
-def _gatherer(
-    model: nn.Module, state: State, captured: Captured
-) -> Callable[[Sequence[Any]], list[Any]]:
-    """A function from input leaves to one value per placeholder."""
-    getters = [_getter(model, state, captured, slot) for slot in slots_of(captured.graph_module)]
-    return lambda leaves: [get(leaves) for get in getters]
-
-
-Getter = Callable[[Sequence[Any]], Any]
-
-
-def _getter(model: nn.Module, state: State, captured: Captured, slot: Slot) -> Getter:
-    scale = state.scale if slot.scaled else None
-    if slot.kind == "scale":
-        return functools.partial(_read_scale, scale=state.scale)
-    if slot.kind == "cast":
-        table, name = _home(model, slot)
-        return functools.partial(
-            _weight, table=table, name=name, dtype=slot.dtype, copies=state.weights, scale=scale
-        )
-    get = _plain_getter(model, captured, slot)
-    return get if scale is None else functools.partial(_entering, get=get, scale=scale)
-
-
-def _plain_getter(model: nn.Module, captured: Captured, slot: Slot) -> Getter:
-    if slot.kind == "input":
-        return functools.partial(_leaf, index=slot.index)
-    if slot.kind == "constant":
-        return functools.partial(_constant, value=captured.constants[slot.target])
-    table, name = _home(model, slot)
-    return functools.partial(_entry, table=table, name=name)
-
-
-def _home(model: nn.Module, slot: Slot) -> tuple[dict[str, Any], str]:
-    """Where the model keeps what the slot stands for."""
-    path, _, name = slot.target.rpartition(".")
-    owner = model.get_submodule(path)
-    tables: dict[str, Any] = {"buffer": owner._buffers, "attribute": vars(owner)}
-    return tables.get(slot.kind, owner._parameters), name
-
-
-def _leaf(leaves: Sequence[Any], index: int) -> Any:
-    return leaves[index]
-
-
-def _constant(leaves: Sequence[Any], value: Any) -> Any:
-    return value
-
-
-def _entry(leaves: Sequence[Any], table: dict[str, Any], name: str) -> Any:
-    return table[name]
-
-
-def _weight(
-    leaves: Sequence[Any],
-    table: dict[str, Any],
-    name: str,
-    dtype: torch.dtype | None,
-    copies: WeightCopies,
-    scale: CurrentScale | None,
-) -> Any:
-    assert dtype is not None
-    return copies.get(table[name], dtype, None if scale is None else scale.read())
-
-
-def _read_scale(leaves: Sequence[Any], scale: CurrentScale) -> Any:
-    return scale.read()
-
-
-def _entering(leaves: Sequence[Any], get: Getter, scale: CurrentScale) -> Any:
-    return enter(get(leaves), scale.read())
 
 
 def _assigner(model: nn.Module, captured: Captured) -> Callable[[list[Any]], None] | None:
