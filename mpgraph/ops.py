@@ -43,6 +43,7 @@ def _divide(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.T
     # A scale with one dimension makes torch compute in float32, whatever x is, in one kernel.
     if x.dim() and dtype is torch.float32:
         return torch.div(x, _beside(x, scale).view(1))
+    # A kernel that computes in fp16 would make a scale above 65504 infinite.
     return x.to(torch.promote_types(dtype, torch.float32)).div(_beside(x, scale)).to(dtype)
 
 

@@ -182,6 +182,17 @@ def test_compiles_without_a_graph_break():
         assert torch.equal(one, other)
 
 
+def test_the_direct_functions_compile_too():
+    s = torch.tensor(4.0)
+    x = torch.randn(3, requires_grad=True)
+
+    def f(x):
+        return ops.widen(ops.lower(x, f16, s), f32, s)
+
+    got = torch.compile(f, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(got, f(x))
+
+
 @pytest.mark.parametrize("pre_dispatch", [False, True])
 def test_traces_as_one_node_per_cast(pre_dispatch):
     x, w, s, want, _ = reference()

@@ -231,6 +231,18 @@ class Half(torch.autograd.Function):
         return g * 0.5
 
 
+class Shift(torch.autograd.Function):
+    """Adds something to the gradient, so that it matters how large that is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 0.5
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 0.5 + SMALL
+
+
 class Seen(nn.Module):
     """What torch.export would not carry: a hook, a custom Function, a checkpoint, a branch."""
 
@@ -243,10 +255,12 @@ class Seen(nn.Module):
         h = self.first(x)
         if self.kind == "hook":
             h.register_hook(lambda g: self.seen.append(g.clone()))
+        elif self.kind == "traced hook":
+            h.register_hook(lambda g: g + SMALL)
         elif self.kind == "function":
             h = Half.apply(h)
         elif self.kind == "function on fp32":
-            h = Half.apply(h if h.dtype is torch.float64 else h.float())
+            h = Shift.apply(h if h.dtype is torch.float64 else h.float())
         elif self.kind == "checkpoint":
             h = checkpoint(lambda v: F.softmax(self.first(v), -1), h, use_reentrant=False)
         elif h.sum() > -1e9:
@@ -254,7 +268,7 @@ class Seen(nn.Module):
         return self.second(torch.tanh(h))
 
 
-KINDS = ["hook", "function", "function on fp32", "checkpoint", "branch"]
+KINDS = ["hook", "traced hook", "function", "function on fp32", "checkpoint", "branch"]
 
 
 @pytest.mark.parametrize("policy", ["default", "autocast-cpu"])

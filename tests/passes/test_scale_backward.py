@@ -133,6 +133,7 @@ def test_an_addition_that_widens_by_itself_gets_a_scaled_cast():
         lambda h, y: y.clone().add_(h),
         lambda h, y: y.clone().copy_(h),
         lambda h, y: y.clone().mul_(h[0]),
+        lambda h, y: y.clone().masked_fill_(y > 0, h[0]),
     ],
 )
 def test_every_mix_of_dtypes_keeps_its_gradients(mix):
