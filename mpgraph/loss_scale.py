@@ -36,7 +36,8 @@ class LossScale:
         dynamic: Whether the scale moves at all.
         scale: The scale now, a tensor without dimensions on the model's device.
         growth_tracker: Finite steps in a row so far.
-        hysteresis_tracker: Non-finite steps in a row that are still tolerated.
+        hysteresis_tracker: Counts down from ``hysteresis`` with non-finite steps in a row; the scale
+            backs off at every one that leaves 0 or less.
 
     Raises:
         PrecisionError: A factor is not a power of two, or the numbers do not fit each other.
@@ -80,7 +81,7 @@ class LossScale:
         scale.clamp_(self.min_scale, self.max_scale)
         if self.hysteresis == 1:
             return dataclasses.replace(self, scale=scale, growth_tracker=tracker)
-        left = torch.where(found > 0, self.hysteresis_tracker - 1, self.hysteresis).clamp_(min=0)
+        left = torch.where(found > 0, self.hysteresis_tracker - 1, self.hysteresis)
         tolerated = (found > 0) & (left > 0)
         return dataclasses.replace(
             self,
