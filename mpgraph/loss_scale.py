@@ -36,8 +36,8 @@ class LossScale:
         dynamic: Whether the scale moves at all.
         scale: The scale now, a tensor without dimensions on the model's device.
         growth_tracker: Finite steps in a row so far.
-        hysteresis_tracker: Counts down from ``hysteresis`` with non-finite steps in a row; the scale
-            backs off at every one that leaves 0 or less.
+        hysteresis_tracker: Counts down from ``hysteresis`` with non-finite steps in a row; the
+            scale backs off at every one that leaves 0 or less.
 
     Raises:
         PrecisionError: A factor is not a power of two, or the numbers do not fit each other.
