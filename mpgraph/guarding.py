@@ -7,7 +7,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from mpgraph.errors import PrecisionError
 from mpgraph.finite import find_non_finite, gradients_of
 from mpgraph.loss_scale import CurrentScale, LossScale
-from mpgraph.module import state_of
+from mpgraph.module import MixedPrecision, state_of
 from mpgraph.snapshot import Snapshot, evaluates_closure_first
 from mpgraph.unguarded import shares_parameters
 
@@ -44,7 +44,7 @@ def guard(
     Args:
         optimizer: Any ``torch.optim.Optimizer``.
         models: Every converted fp16 model that gradients pass through on the way to the
-            optimizer's parameters.
+            optimizer's parameters; or an ordinary model, or a wrapper, with such models in it.
         scale: A :class:`mpgraph.LossScale`, or the first scale as a number; else each model keeps
             its own.
         max_grad_norm: Clip gradients to this norm before the step. As a clipping of your own
@@ -64,8 +64,14 @@ def guard(
         >>> bool(optimizer.last_step_skipped)
         False
     """
-    _check(optimizer, models, max_grad_norm, check_finite)
-    guarded = [model for model in models if state_of(model).settings.scaled]
+    if not isinstance(optimizer, Optimizer):
+        raise PrecisionError(
+            f"guard takes the optimizer first, then the models: expected a torch.optim.Optimizer, "
+            f"found {type(optimizer).__name__}"
+        )
+    converted = dict.fromkeys(inner for model in models for inner in _converted(model))
+    guarded = [model for model in converted if state_of(model).settings.scaled]
+    _check(optimizer, models, guarded, max_grad_norm, check_finite)
     for model in guarded:
         state_of(model).scale.is_guarded = True
         if scale is not None:
@@ -75,14 +81,29 @@ def guard(
     return optimizer
 
 
+def _converted(model: nn.Module) -> list[nn.Module]:
+    """The converted modules in a model, a wrapper such as DistributedDataParallel included."""
+    found = list(_outermost(model))
+    if not found:
+        state_of(model)  # says that nothing was converted, and what to do
+    return found
+
+
+def _outermost(model: Any) -> Iterator[nn.Module]:
+    if isinstance(model, MixedPrecision):
+        yield cast(nn.Module, model)
+    elif isinstance(model, nn.Module):
+        for child in model.children():
+            yield from _outermost(child)
+
+
 def _check(
-    optimizer: Any, models: tuple[Any, ...], max_grad_norm: float | None, check_finite: bool
+    optimizer: Any,
+    models: tuple[Any, ...],
+    guarded: list[nn.Module],
+    max_grad_norm: float | None,
+    check_finite: bool,
 ) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise PrecisionError(
-            f"guard takes the optimizer first, then the models: expected a torch.optim.Optimizer, "
-            f"found {type(optimizer).__name__}"
-        )
     if _KEY in vars(optimizer):
         raise PrecisionError(
             "this optimizer is guarded already. Guard it once, with all models: "
@@ -90,9 +111,7 @@ def _check(
         )
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise PrecisionError(f"max_grad_norm must be positive, found {max_grad_norm}")
-    # state_of says what to do about a model that was not converted.
-    scaled = [model for model in models if state_of(model).settings.scaled]
-    if not scaled and not check_finite:
+    if not guarded and not check_finite:
         raise PrecisionError(
             "there is no fp16 model to guard, and no other precision needs a loss scale. Pass the "
             "converted fp16 models, or check_finite=True to skip non-finite steps all the same."

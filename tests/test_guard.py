@@ -369,6 +369,23 @@ def test_an_evaluation_between_two_optimizers_changes_nothing():
     assert state_of(model).scale.value.growth_tracker.item() == 1
 
 
+class Around(nn.Module):
+    """An ordinary model, or a wrapper, with two converted parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Sequential(net(4), nn.Linear(2, 4), net(8))
+
+
+def test_converted_parts_are_found_in_an_ordinary_model():
+    outer = Around()
+    optimizer = mpgraph.guard(torch.optim.SGD(outer.parameters(), lr=0.1), outer, scale=8.0)
+    outer.module(torch.ones(3, 4)).mean().mul(inf).backward()
+    optimizer.step()
+    assert scale_of(outer.module[0]) == scale_of(outer.module[2]) == 4.0
+    assert len(optimizer.state_dict()["mpgraph"]["scales"]) == 2
+
+
 def test_models_that_gradients_only_pass_through_may_be_guarded_too():
     generator, critic = net(), net()
     optimizer = torch.optim.SGD(generator.parameters(), lr=0.1)
