@@ -11,10 +11,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "convert": "conversion",
     "explain": "report.report",
+    "guard": "guarding",
     "assert_policy": "assertions",
     "text": "graph_text",
     "Policy": "policy",
     "Override": "policy",
+    "LossScale": "loss_scale",
     "MPGraphError": "errors",
     "CaptureError": "errors",
     "PolicyError": "errors",
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from mpgraph.errors import PrecisionError as PrecisionError
     from mpgraph.errors import VerificationError as VerificationError
     from mpgraph.graph_text import text as text
+    from mpgraph.guarding import guard as guard
+    from mpgraph.loss_scale import LossScale as LossScale
     from mpgraph.policy import Override as Override
     from mpgraph.policy import Policy as Policy
     from mpgraph.report.report import explain as explain

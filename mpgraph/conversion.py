@@ -23,6 +23,7 @@ from mpgraph.module import (
 )
 from mpgraph.policy import Policy
 from mpgraph.precision import Precision, allow_tf32, resolve_precision
+from mpgraph.unguarded import watch
 
 M = TypeVar("M", bound=nn.Module)
 CAPTURES = ("auto", "export", "dynamo")
@@ -44,7 +45,8 @@ def convert(
     Matrix products and convolutions run in 16 bit; reductions, softmax, norms and losses in
     float32; parameters, gradients and optimizer state stay float32. Which is which is decided
     once per kind of call, in a graph that :func:`mpgraph.explain` prints. The first call of a
-    kind captures it.
+    kind captures it. In fp16, gradients are scaled at the casts, so that small ones do not vanish;
+    results leave in float32; and :func:`mpgraph.guard` belongs around the optimizer.
 
     Args:
         model: Any ``nn.Module``, an ``fx.GraphModule``, or a ``torch.export.ExportedProgram``.
@@ -78,20 +80,14 @@ def convert(
     _check_parameters(module, resolved, masters)
     if resolved.tf32:
         allow_tf32()
-    if resolved.compute is torch.float16:
-        warnings.warn(_NO_SCALE, stacklevel=2)
     result = module if inplace else copy_tree(module)
     _change_parameters(result, resolved, masters)
     _change_class(result, settings)
+    if settings.scaled:
+        watch(result)
     if example_inputs is not None:
         _capture(result, example_inputs)
     return cast(M, result)
-
-
-_NO_SCALE = (
-    "mpgraph: fp16 gradients below 6e-8 vanish, and this version has no loss scale of its own yet. "
-    "Scale the loss with torch.amp.GradScaler, as under torch.autocast, or use 'bf16'."
-)
 
 
 def _as_module(model: Any) -> nn.Module:

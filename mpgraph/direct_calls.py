@@ -6,6 +6,8 @@ step that is bound by launching kernels this is several per cent. So a graph tha
 mode is run as a copy of itself with these calls exchanged; what is read, printed and checked is
 the graph of ATen operators.
 
+Scaled casts (:mod:`mpgraph.ops`) are exchanged in the same way.
+
 A row names an operator and the function whose argument parser picks just that overload for the
 arguments that a graph holds; the test traces each one and compares.
 """
@@ -18,6 +20,8 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import OpOverload
+
+from mpgraph.ops import DIRECT
 
 _aten = torch.ops.aten
 _nn = torch._C._nn
@@ -99,13 +103,14 @@ METHODS: dict[OpOverload, str] = {
 
 def directly(gm: fx.GraphModule) -> Callable[..., Any]:
     """A function that runs the graph of ``gm`` as it is now, with direct calls."""
+    calls = {**FUNCTIONS, **DIRECT}
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target in FUNCTIONS:
-            node.target = FUNCTIONS[node.target]
+        if node.target in calls:
+            node.target = calls[node.target]
         elif node.target in METHODS and isinstance(node.args[0], fx.Node):
             node.op, node.target = "call_method", METHODS[node.target]
     run: Callable[..., Any] = fx.GraphModule(gm, graph).forward

@@ -26,10 +26,13 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 
+from mpgraph import ops
 from mpgraph.op_table import Rule
 from mpgraph.places import is_users
 
 CAST: OpOverload = torch.ops.aten.to.dtype
+# With the number of their arguments: the value and the dtype come first.
+_CASTS: dict[Any, int] = {CAST: 2, ops.LOWER: 3, ops.WIDEN: 3}
 SET_GRAD: Callable[..., Any] = torch._C._set_grad_enabled
 
 SHORT_NAMES: dict[torch.dtype, str] = {
@@ -162,11 +165,10 @@ def is_higher_order(node: fx.Node) -> bool:
 
 
 def is_cast(node: fx.Node) -> bool:
-    """Whether the node is a plain dtype cast, the user's own or an inserted one."""
+    """Whether the node is a dtype cast and no more, the user's own or an inserted one."""
     return (
         node.op == "call_function"
-        and node.target is CAST
-        and len(node.args) == 2
+        and len(node.args) == _CASTS.get(node.target)
         and not node.kwargs
         and is_floating(node.args[0])
         and cast(torch.dtype, node.args[1]).is_floating_point
@@ -388,7 +390,7 @@ class Writes:
         self.position = {node: index for index, node in enumerate(graph.nodes)}
         self._writes: dict[int, list[int]] = {}
         for node, index in self.position.items():
-            for written in _written_arguments(node):
+            for written in written_arguments(node):
                 if (storage := storage_of(written)) is not None:
                     self._writes.setdefault(storage, []).append(index)
 
@@ -411,7 +413,8 @@ def storage_of(node: fx.Node) -> int | None:
     return int(value.untyped_storage()._cdata)
 
 
-def _written_arguments(node: fx.Node) -> Iterator[fx.Node]:
+def written_arguments(node: fx.Node) -> Iterator[fx.Node]:
+    """What a node writes to."""
     yield from running_statistics(node)
     if is_higher_order(node):
         yield from _written_operands(node)

@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from mpgraph import ir
-from mpgraph.capture.captured import Captured, slots_of
+from mpgraph.capture.captured import Captured
 from mpgraph.direct_calls import directly
 from mpgraph.errors import CaptureError, MPGraphError
+from mpgraph.gather import gatherer
+from mpgraph.loss_scale import CurrentScale, LossScale
 from mpgraph.module_tree import ModuleTree
 from mpgraph.pipeline import PassContext, PassReport
 from mpgraph.policy import Policy
@@ -41,6 +43,12 @@ class Settings:
     capture: str
     device: str
     max_graphs: int = 64
+
+    @property
+    def scaled(self) -> bool:
+        """Whether some gradients are in fp16, and need a loss scale."""
+        runs = [override.run for override in self.policy.overrides]
+        return self.precision.compute is torch.float16 or "fp16" in runs
 
 
 @dataclasses.dataclass
@@ -151,6 +159,7 @@ class State:
         # An instance's own forward (as accelerate sets it) wins over its class's.
         self.instance_forward = forward
         self.weights = WeightCopies()
+        self.scale = CurrentScale(LossScale())
         self._reset()
 
     def _reset(self) -> None:
@@ -162,7 +171,7 @@ class State:
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs are captured again after copying or loading: they point into one module."""
-        keep = ("settings", "original", "instance_forward")
+        keep = ("settings", "original", "instance_forward", "scale")
         return {name: vars(self)[name] for name in keep}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -253,6 +262,8 @@ class State:
         from mpgraph.capture.engines import capture_call
 
         self._refuse_growth()
+        if (parameter := next(model.parameters(), None)) is not None:
+            self.scale.move(parameter.device)
         # Tracing changes state of the whole process; one thread at a time.
         with _capture_lock:
             return capture_call(self, model, leaves, spec, entries)
@@ -394,7 +405,7 @@ def make_specialisation(
         run = _restoring_grad_mode(run)
     return Specialisation(
         label, shapes, captured, reports, context, "export", run,
-        gather=_gatherer(model, state, captured),
+        gather=gatherer(model, captured, state.weights, state.scale),
         assign=_assigner(model, captured),
     )  # fmt: skip
 
@@ -421,55 +432,6 @@ def _restoring_grad_mode(run: Callable[..., Any]) -> Callable[..., Any]:
             torch._C._set_grad_enabled(before)
 
     return run_and_restore
-
-
-def _gatherer(
-    model: nn.Module, state: State, captured: Captured
-) -> Callable[[Sequence[Any]], list[Any]]:
-    """A function from input leaves to one value per placeholder."""
-    getters: list[Callable[[Sequence[Any]], Any]] = []
-    for slot in slots_of(captured.graph_module):
-        if slot.kind == "input":
-            getters.append(functools.partial(_leaf, index=slot.index))
-        elif slot.kind == "constant":
-            getters.append(functools.partial(_constant, value=captured.constants[slot.target]))
-        else:
-            path, _, name = slot.target.rpartition(".")
-            owner = model.get_submodule(path)
-            tables = {"buffer": owner._buffers, "attribute": vars(owner)}
-            table = tables.get(slot.kind, owner._parameters)
-            if slot.kind == "cast":
-                getters.append(
-                    functools.partial(
-                        _weight, table=table, name=name, dtype=slot.dtype, copies=state.weights
-                    )
-                )
-            else:
-                getters.append(functools.partial(_entry, table=table, name=name))
-    return lambda leaves: [get(leaves) for get in getters]
-
-
-def _leaf(leaves: Sequence[Any], index: int) -> Any:
-    return leaves[index]
-
-
-def _constant(leaves: Sequence[Any], value: Any) -> Any:
-    return value
-
-
-def _entry(leaves: Sequence[Any], table: dict[str, Any], name: str) -> Any:
-    return table[name]
-
-
-def _weight(
-    leaves: Sequence[Any],
-    table: dict[str, Any],
-    name: str,
-    dtype: torch.dtype | None,
-    copies: WeightCopies,
-) -> Any:
-    assert dtype is not None
-    return copies.get(table[name], dtype)
 
 
 def _assigner(model: nn.Module, captured: Captured) -> Callable[[list[Any]], None] | None:

@@ -38,6 +38,7 @@ class PassContext:
         grad: Whether gradients were enabled when the graph was captured.
         strict: Whether sharing and moving casts must leave every gradient bit as
             ``torch.autocast`` computes it.
+        scaled: Whether gradients in fp16 are multiplied by a loss scale.
     """
 
     policy: Policy
@@ -45,6 +46,7 @@ class PassContext:
     device: str = "cpu"
     grad: bool = True
     strict: bool = False
+    scaled: bool = False
 
     def autocast(self, region: ir.Region | None = None) -> contextlib.AbstractContextManager[Any]:
         """The ``torch.autocast`` state under which the model's Python sees the right dtypes."""

@@ -11,10 +11,13 @@ from torch.utils import _pytree as pytree
 
 from mpgraph import ir
 from mpgraph.errors import VerificationError
+from mpgraph.gradient_flow import broken_borders
 from mpgraph.infer import run_on_values
 
 
-def verify(gm: fx.GraphModule, *, after: str = "", decided: bool = False) -> None:
+def verify(
+    gm: fx.GraphModule, *, after: str = "", decided: bool = False, scaled: bool | None = None
+) -> None:
     """Check a graph and its sub-graphs.
 
     Args:
@@ -22,6 +25,8 @@ def verify(gm: fx.GraphModule, *, after: str = "", decided: bool = False) -> Non
         after: The pass that ran last, for the message.
         decided: Casts have been inserted: every decision must hold, and every value's dtype
             must be the one that torch gives for the node's inputs.
+        scaled: Gradients in fp16 have been scaled: no scaled one may meet a true one. The value
+            says whether gradients are enabled where the graph runs; None skips the check.
 
     Raises:
         VerificationError: Names the node, what was expected and found, and the user's line.
@@ -31,6 +36,9 @@ def verify(gm: fx.GraphModule, *, after: str = "", decided: bool = False) -> Non
         for node in body.graph.nodes:
             for problem in _problems(body.graph, node, decided):
                 raise VerificationError(_message(node, problem, after))
+    if scaled is not None:
+        for node, problem in broken_borders(gm.graph, scaled):
+            raise VerificationError(_message(node, problem, after))
 
 
 def _problems(graph: fx.Graph, node: fx.Node, decided: bool) -> Iterator[str]:

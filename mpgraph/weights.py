@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from mpgraph.ops import lower
+
 _caches: weakref.WeakSet[WeightCopies] = weakref.WeakSet()
 _SAMPLES = 509
 _WHOLE = 8192
@@ -16,7 +18,7 @@ _WHOLE = 8192
 class WeightCopies:
     """Keeps ``parameter.to(dtype)``, differentiable, while the parameter is the same.
 
-    The copy's way back to the parameter (ToCopyBackward) keeps no tensors, so one copy serves
+    The copy's way back to the parameter keeps no tensors but the loss scale, so one copy serves
     any number of forward and backward passes: all micro-batches of an accumulated step.
 
     A copy is made again when the parameter's version counter, memory, ``requires_grad`` or
@@ -31,18 +33,24 @@ class WeightCopies:
         self._copies: dict[tuple[int, torch.dtype], tuple[Any, ...]] = {}
         _caches.add(self)
 
-    def get(self, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The parameter in ``dtype``; gradients of the result reach the parameter."""
+    def get(
+        self, parameter: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The parameter in ``dtype``; gradients of the result reach the parameter.
+
+        With a loss scale, they arrive multiplied by it, and leave divided by it: the copy belongs
+        to the forward passes that use this very tensor.
+        """
         if parameter.device.type != "cpu" or torch.is_inference_mode_enabled():
-            return parameter.to(dtype)
+            return _copy(parameter, dtype, scale)
         key = (id(parameter), dtype)
         state = _state(parameter)
         kept = self._copies.get(key)
-        if kept is not None and kept[0] is parameter and kept[1] == state:
+        if kept is not None and kept[0] is parameter and kept[1] == state and kept[4] is scale:
             if torch.equal(_sample(parameter), kept[3]):
                 return cast(torch.Tensor, kept[2])
-        copy = parameter.to(dtype)
-        self._copies[key] = (parameter, state, copy, _sample(parameter).clone())
+        copy = _copy(parameter, dtype, scale)
+        self._copies[key] = (parameter, state, copy, _sample(parameter).clone(), scale)
         return copy
 
     def clear(self) -> None:
@@ -54,6 +62,10 @@ class WeightCopies:
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return WeightCopies, ()
+
+
+def _copy(parameter: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
+    return parameter.to(dtype) if scale is None else lower(parameter, dtype, scale)
 
 
 def _state(parameter: torch.Tensor) -> tuple[Any, ...]:

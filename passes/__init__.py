@@ -10,6 +10,7 @@ from mpgraph.passes.insert_casts import insert_casts
 from mpgraph.passes.normalize import normalize
 from mpgraph.passes.open_composites import open_composites
 from mpgraph.passes.remove_dead import remove_dead
+from mpgraph.passes.scale_backward import scale_backward
 from mpgraph.passes.share_casts import share_casts
 from mpgraph.passes.sink_casts import sink_casts
 from mpgraph.pipeline import GraphPass
@@ -24,7 +25,8 @@ DEFAULT_PASSES: tuple[GraphPass, ...] = (
     fold_casts,  # after hoist_casts, which leaves casts there and back
     share_casts,  # after fold_casts, which can leave two equal casts of one value
     remove_dead,
-    hoist_weight_casts,  # last: it needs to see every use of a parameter
+    hoist_weight_casts,  # after all that: it needs to see every use of a parameter
+    scale_backward,  # last: the casts that it rewrites are the final ones
 )
 
 __all__ = ["DEFAULT_PASSES"]

@@ -10,6 +10,7 @@ from torch._C import DispatchKey
 from torch._ops import OpOverload
 
 from mpgraph import ir
+from mpgraph.gradient_flow import requires_grad
 from mpgraph.pipeline import PassContext, graph_pass
 
 
@@ -72,6 +73,7 @@ def _hoist(graph: fx.Graph, source: fx.Node, node: fx.Node) -> None:
         "slot": dataclasses.replace(slot, kind="cast", dtype=dtype),
         "captured": node.meta["val"],
         "differentiable": True,
+        "requires_grad": requires_grad(source),
     }
     node.replace_all_uses_with(copy)
     graph.erase_node(node)

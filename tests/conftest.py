@@ -25,7 +25,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _check(
     gm: fx.GraphModule, graph_pass: pipeline.GraphPass, context: pipeline.PassContext
 ) -> None:
-    verify(gm, after=graph_pass.name, decided=graph_pass.name not in _BEFORE_CASTS)
+    is_last = graph_pass.name == "scale_backward" and context.scaled and "body" not in gm.meta
+    verify(
+        gm,
+        after=graph_pass.name,
+        decided=graph_pass.name not in _BEFORE_CASTS,
+        scaled=context.grad if is_last else None,
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -345,7 +345,16 @@ def test_auto_is_bf16_on_the_cpu_and_warns_where_it_is_emulated(monkeypatch: pyt
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_dtype_is_a_precision(dtype: torch.dtype):
     converted = mpgraph.convert(nn.Linear(8, 4), dtype)
-    assert converted(torch.randn(2, 8)).dtype is dtype
+    assert state_of(converted).settings.precision.compute is dtype
+
+
+def test_results_of_an_fp16_model_leave_in_fp32():
+    converted = mpgraph.convert(nn.Linear(8, 4), "fp16")
+    x = torch.randn(2, 8)
+    assert converted(x).dtype is torch.float32
+    with torch.no_grad():
+        assert converted(x).dtype is torch.float32
+    assert "linear: fp16" in mpgraph.text(converted)
 
 
 def test_pure_precision_stores_the_parameters_in_16_bit():

@@ -37,6 +37,20 @@ def test_readme_shows_the_ten_line_example_as_it_is():
     assert code in blocks(ROOT / "README.md", "python")
 
 
+def test_fp16_example_skips_the_bad_step_and_learns(capsys):
+    runpy.run_path(str(EXAMPLES / "train_fp16.py"))
+    lines = capsys.readouterr().out.splitlines()
+    (bad,) = [line for line in lines if line.startswith("step 120")]
+    assert bad.endswith("skipped")
+    assert float(re.search(r"loss +(\S+)", lines[-1])[1]) < 0.8  # guessing gives log(10) = 2.3
+    assert any("scale 131072" in line for line in lines)  # it grew
+
+
+def test_fp16_page_shows_its_example_as_it_is():
+    _, _, code = (EXAMPLES / "train_fp16.py").read_text().partition('"""\n\n')
+    assert code in blocks(ROOT / "docs" / "fp16.md", "python")
+
+
 def test_demo_writes_its_table_picture_and_data(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(str(EXAMPLES))

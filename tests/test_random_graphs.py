@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import linecache
 import math
-import warnings
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mpgraph
+from mpgraph.module import state_of
 
 bf16, f16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 N = -1  # the batch; two sizes are run
@@ -337,7 +337,7 @@ def run(module, batch, dtype=f32, autocast=None):
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         results = module(*inputs)
     loss = sum(
-        (y.to(f64) * torch.arange(y.numel(), dtype=f64).view_as(y).cos()).sum()
+        (_widened(y).to(f64) * torch.arange(y.numel(), dtype=f64).view_as(y).cos()).sum()
         for y in results
         if y.requires_grad
     )
@@ -349,6 +349,18 @@ def run(module, batch, dtype=f32, autocast=None):
     return [y.detach() for y in results], gradients, buffers
 
 
+def _widened(y):
+    # A converted model yields fp32 where autocast yields fp16, so that gradients come by fp32.
+    return y.float() if y.dtype is f16 else y
+
+
+def converted(program, precision, policy):
+    """The module, converted; in fp16 with a scale of 1, since torch.autocast alone has none."""
+    module = mpgraph.convert(program.build(), precision, policy=policy)
+    state_of(module).scale.replace(mpgraph.LossScale(init_scale=1.0))
+    return module
+
+
 def assert_same_bits(ours, theirs, what):
     if ours is None or theirs is None:
         assert ours is theirs, f"{what}: {ours} instead of {theirs}"
@@ -358,21 +370,22 @@ def assert_same_bits(ours, theirs, what):
     assert same, f"{what}: off by up to {(ours.double() - theirs.double()).abs().max()}"
 
 
-def runs_under_autocast(module):
+def runs_under_autocast(module, dtype=bf16):
     try:
-        run(module, 6, autocast=bf16)
+        run(module, 6, autocast=dtype)
     except (RuntimeError, IndexError, ValueError):
         return False
     return True
 
 
-def check_equals_autocast(program):
-    assume(runs_under_autocast(program.build()))
-    theirs, ours = program.build(), mpgraph.convert(program.build(), "bf16", policy="autocast-cpu")
+def check_equals_autocast(program, precision="bf16", dtype=bf16):
+    assume(runs_under_autocast(program.build(), dtype))
+    theirs, ours = program.build(), converted(program, precision, "autocast-cpu")
     for batch in (6, 7):
-        want = run(theirs, batch, autocast=bf16)
+        want = run(theirs, batch, autocast=dtype)
         got = run(ours, batch)
         for index, (a, b) in enumerate(zip(got[0], want[0], strict=True)):
+            b = _widened(b) if dtype is f16 else b
             assert_same_bits(a, b, f"batch {batch}, result {index}")
         for kind, a, b in (("gradient", got[1], want[1]), ("buffer", got[2], want[2])):
             for name in b:
@@ -393,6 +406,12 @@ def test_random_modules_equal_autocast_to_the_bit(program):
     check_equals_autocast(program)
 
 
+@settings(max_examples=40, **COMMON)
+@given(programs())
+def test_random_modules_in_fp16_equal_autocast_to_the_bit(program):
+    check_equals_autocast(program, "fp16", f16)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @settings(max_examples=600, **{**COMMON, "derandomize": False})
@@ -406,7 +425,7 @@ def check_is_close(program, precision, dtype):
     assume(runs_under_autocast(program.build()))
     exact = run(program.build().double(), 6, f64)
     assume(all(y.abs().max() < 1e3 for y in [*exact[0], *tensors(exact[1])] if y.numel()))
-    ours = run(mpgraph.convert(program.build(), precision, policy="default"), 6)
+    ours = run(converted(program, precision, "default"), 6)
     autocast = run(program.build(), 6, autocast=dtype)
     for want, got, theirs in zip(
         [*exact[0], *tensors(exact[1])],
@@ -434,6 +453,4 @@ def test_random_modules_under_the_default_policy_are_close_to_float64(precision,
     def check(program):
         check_is_close(program, precision, dtype)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fp16 without a loss scale says so
-        check()
+    check()

@@ -1,6 +1,7 @@
 """Time an eager training step: converted by mpgraph ÷ under torch.autocast, in one run.
 
     python tools/bench_eager.py [--steps 30] [--accumulate 1 4] [--device cuda] [--json FILE]
+    python tools/bench_eager.py --precision fp16   # with mpgraph.guard ÷ with GradScaler
 
 Both models start from the same weights, see the same batches and take their steps in turn, the
 order changing from step to step. Warm-up (capture included) stays apart. Figures are medians of
@@ -29,6 +30,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpgraph
+from mpgraph import ops
+from mpgraph.module import MixedPrecision, state_of
 
 ROOT = Path(__file__).resolve().parents[1]
 Inputs = dict[str, Tensor]
@@ -85,7 +88,21 @@ def bert() -> tuple[nn.Module, Inputs, Callable[[Any], Tensor]]:
     return BertForMaskedLM(config), inputs, lambda out: out.loss
 
 
-MODELS = {"gpt": gpt, "resnet": resnet, "bert-tiny": bert}
+def tiny() -> tuple[nn.Module, Inputs, Callable[[Any], Tensor]]:
+    """The GPT at a size where a step is nothing but overhead."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    from gpt import GPT, GPTConfig
+
+    ids = torch.randint(0, 256, (2, 9))
+    model = GPT(GPTConfig(width=16, context=8))
+    return model, {"tokens": ids[:, :-1], "targets": ids[:, 1:]}, lambda out: out
+
+
+MODELS = {"gpt": gpt, "resnet": resnet, "bert-tiny": bert, "tiny": tiny}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+_CASTS = (torch.ops.aten._to_copy.default, ops.LOWER, ops.WIDEN, ops.SCALE, ops.UNSCALE)
 
 
 class CountCasts(TorchDispatchMode):
@@ -98,25 +115,27 @@ class CountCasts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator; note it if it casts."""
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and args[0].is_floating_point():
+        if func in _CASTS and args[0].is_floating_point():
             self.count += args[0].dtype is not out.dtype and out.is_floating_point()
         return out
 
 
-def measure(name: str, steps: int, accumulate: int, policy: str, device: str) -> dict[str, Any]:
+def measure(
+    name: str, steps: int, accumulate: int, policy: str, precision: str, device: str
+) -> dict[str, Any]:
     """One model, both ways, step by step in turn."""
     torch.manual_seed(0)
     with torch.device(device):
         model, inputs, loss = MODELS[name]()
-    reference, converted = copy.deepcopy(model), mpgraph.convert(model, "bf16", policy=policy)
+    reference, converted = copy.deepcopy(model), mpgraph.convert(model, precision, policy=policy)
 
     def under_autocast() -> Tensor:
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, DTYPES[precision]):
             return loss(reference(**inputs))
 
     ways = {
-        "autocast": _step(reference, under_autocast, accumulate),
-        "mpgraph": _step(converted, lambda: loss(converted(**inputs)), accumulate),
+        "autocast": _step(reference, under_autocast, accumulate, precision == "fp16"),
+        "mpgraph": _step(converted, lambda: loss(converted(**inputs)), accumulate, False),
     }
     casts = {}
     for way, step in ways.items():
@@ -146,13 +165,19 @@ def measure(name: str, steps: int, accumulate: int, policy: str, device: str) ->
     }
 
 
-def _step(model: nn.Module, loss: Callable[[], Tensor], accumulate: int) -> Callable[[], None]:
+def _step(
+    model: nn.Module, loss: Callable[[], Tensor], accumulate: int, with_scaler: bool
+) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    scaler = torch.amp.GradScaler(_device(model), enabled=with_scaler)
+    if isinstance(model, MixedPrecision) and state_of(model).settings.scaled:
+        mpgraph.guard(optimizer, model)
 
     def step() -> None:
         for _ in range(accumulate):
-            (loss() / accumulate).backward()
-        optimizer.step()
+            scaler.scale(loss() / accumulate).backward()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
 
     return step
@@ -166,10 +191,11 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--policies", nargs="+", help="autocast-<device> and default, unless given")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", default="bf16", choices=list(DTYPES))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = [
-        measure(name, options.steps, accumulate, policy, options.device)
+        measure(name, options.steps, accumulate, policy, options.precision, options.device)
         for name in options.models
         for policy in options.policies or (f"autocast-{options.device}", "default")
         for accumulate in options.accumulate
@@ -185,6 +211,10 @@ def main() -> None:
     Console(width=100).print(table)
     if options.json:
         _write(options.json, {"machine": _machine(options.device), "rows": rows})
+
+
+def _device(model: nn.Module) -> str:
+    return next(model.parameters()).device.type
 
 
 def _machine(device: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import fx
 
 from mpgraph.structure import Spec
 
-SlotKind = Literal["parameter", "buffer", "attribute", "constant", "input", "cast"]
+SlotKind = Literal["parameter", "buffer", "attribute", "constant", "input", "cast", "scale"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,16 +20,19 @@ class Slot:
 
     Attributes:
         kind: A parameter or buffer of the model, a tensor that is a plain attribute of one of its
-            modules, a constant of the graph, an input leaf, or the 16-bit copy of a parameter.
+            modules, a constant of the graph, an input leaf, the 16-bit copy of a parameter, or the
+            loss scale.
         target: The dotted path in the model, the constant's name, or the input leaf's name.
         index: For an input: its position among the flattened arguments.
         dtype: For a 16-bit copy: its dtype.
+        scaled: Its gradient arrives multiplied by the loss scale, which the caller takes out.
     """
 
     kind: SlotKind
     target: str
     index: int = -1
     dtype: torch.dtype | None = None
+    scaled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

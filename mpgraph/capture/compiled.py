@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from mpgraph.capture.captured import Slot, slots_of
 from mpgraph.capture.keep import CannotLower
 from mpgraph.capture.lower import Graphs, lower
 from mpgraph.direct_calls import directly
+from mpgraph.loss_scale import CurrentScale
+from mpgraph.ops import enter
 from mpgraph.pipeline import NeedsStaticShapes, PassContext
 from mpgraph.precision import logger
 from mpgraph.weights import WeightCopies
@@ -45,21 +48,29 @@ class CallCopies:
         self._kept = kept
         self._made: dict[tuple[Any, ...], Any] = {}
 
-    def get(self, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The call's copy of a parameter."""
-        key = (id(parameter), parameter._version, dtype, torch.is_grad_enabled())
+    def get(
+        self, parameter: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The call's copy of a parameter; a call has one loss scale."""
+        key = (id(parameter), parameter._version, dtype, torch.is_grad_enabled(), scale is None)
         if key not in self._made:
             # The parameter goes in as well, so that its id stays its own.
-            self._made[key] = self._kept.get(parameter, dtype), parameter
+            self._made[key] = self._kept.get(parameter, dtype, scale), parameter
         return self._made[key][0]  # type: ignore[no-any-return]
 
 
 class Call:
     """A call that is under way: what its graphs share, and which of them have run."""
 
-    def __init__(self, weights: WeightCopies) -> None:
+    def __init__(self, weights: WeightCopies, scale: CurrentScale) -> None:
         self.copies = CallCopies(weights)
+        self._scale = scale
         self.ran: dict[int, CompiledGraph] = {}
+
+    @functools.cached_property
+    def scale(self) -> torch.Tensor:
+        """The loss scale of the call: one for all its graphs."""
+        return self._scale.read()
 
 
 class _Calls(threading.local):
@@ -104,20 +115,24 @@ def _runner(gm: fx.GraphModule, context: PassContext) -> Callable[..., Any]:
     device = context.device
 
     def run_graph(*values: Any) -> Any:
-        copies = _current().copies
+        call = _current()
         before = torch.is_grad_enabled()
         try:
             with torch.autocast(device, enabled=False):
-                return run(*[_value(slot, values, copies) for slot in slots])
+                return run(*[_value(slot, values, call) for slot in slots])
         finally:
             torch._C._set_grad_enabled(before)
 
     return run_graph
 
 
-def _value(slot: Slot, values: Sequence[Any], copies: CallCopies) -> Any:
+def _value(slot: Slot, values: Sequence[Any], call: Call) -> Any:
+    if slot.kind == "scale":
+        return call.scale
     value = values[slot.index]
-    return copies.get(value, slot.dtype) if slot.dtype is not None else value
+    if slot.dtype is not None:
+        return call.copies.get(value, slot.dtype, call.scale if slot.scaled else None)
+    return enter(value, call.scale) if slot.scaled else value
 
 
 def runner(compiled: CompiledGraph) -> Callable[..., Any]:

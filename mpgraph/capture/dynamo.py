@@ -109,7 +109,7 @@ class DynamoEngine:
         self, entry: DynamoEntry, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run one call; compile what has not been compiled."""
-        outer, calls.now = calls.now, Call(self.state.weights)
+        outer, calls.now = calls.now, Call(self.state.weights, self.state.scale)
         call, watch = calls.now, Watch()
         try:
             with (

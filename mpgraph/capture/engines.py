@@ -74,6 +74,7 @@ def _context(state: State) -> PassContext:
         device=settings.device,
         grad=torch.is_grad_enabled(),
         strict=settings.policy.preset.startswith("autocast"),
+        scaled=settings.scaled,
     )
 
 

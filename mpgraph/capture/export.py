@@ -31,7 +31,7 @@ from mpgraph.capture.held import Held, held_by, held_by_code, held_in
 from mpgraph.capture.modes import Marks
 from mpgraph.capture.transforms import refuse_transforms
 from mpgraph.code_state import CodeState
-from mpgraph.structure import Spec, flatten, opaque_values, same_leaves, unflatten
+from mpgraph.structure import Spec, flatten, leaf_names, opaque_values, same_leaves, unflatten
 
 Forward = Callable[..., Any]
 _MISSING = object()
@@ -173,6 +173,8 @@ def capture_export(
         if node in live:
             marks.refuse_stray(constants.get(slot.target))
     _annotate(gm, slots, call)
+    _say_what_requires_grad(gm, call, model, constants)
+    gm.meta["results"] = sum(1 for _ in leaf_names(plan.output))
     accepts = _guards(program)
     _drop_unused_placeholders(gm)
     seconds = time.perf_counter() - started
@@ -368,6 +370,21 @@ def _annotate(gm: fx.GraphModule, slots: list[Slot], call: Call) -> None:
         for node in body.graph.nodes:
             node.meta["module_path"] = _module_path(node)
             node.meta["captured"] = node.meta.get("val")
+
+
+def _say_what_requires_grad(
+    gm: fx.GraphModule, call: Call, model: nn.Module, constants: dict[str, Any]
+) -> None:
+    for node in gm.graph.find_nodes(op="placeholder"):
+        slot = node.meta["slot"]
+        if slot.kind == "input":
+            value = call.leaves[slot.index]
+        elif slot.kind == "constant":
+            value = constants[slot.target]
+        else:
+            owner, _, name = slot.target.rpartition(".")
+            value = getattr(model.get_submodule(owner), name)
+        node.meta["requires_grad"] = isinstance(value, torch.Tensor) and value.requires_grad
 
 
 _PREFIX = {"parameter": "p_", "buffer": "b_", "constant": "c_", "attribute": "a_", "input": ""}
