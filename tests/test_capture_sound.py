@@ -6,6 +6,7 @@ loss, gradients, inputs, buffers, attributes and random states must be the same 
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -584,3 +585,61 @@ def test_a_hook_that_is_added_or_removed_is_seen_by_the_next_call(capture):
     assert torch.equal(model(x), 2 * first)
     hook.remove()
     assert torch.equal(model(x), first)
+
+
+class Config:
+    def __init__(self) -> None:
+        self.kind: str | None = None
+        self.calls = 0
+
+
+class SetsDefault(nn.Module):
+    """As transformers does with ``config.problem_type``: the first call decides, for good."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.config = Config()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.config.kind is None:
+            self.config.kind = "regression"
+        return self.layer(x).relu()
+
+
+class TakesAnotherPathFirst(SetsDefault):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        if self.config.kind is None:
+            self.config.kind = "regression"
+            y = y * 2
+        return y
+
+
+class CountsCalls(SetsDefault):
+    def forward(self, x: Tensor) -> Tensor:
+        self.config.calls += 1
+        return self.layer(x) * self.config.calls
+
+
+def test_a_default_that_the_first_call_sets_in_a_config_is_carried_by_export():
+    model = mpgraph.convert(SetsDefault(), "bf16", capture="export")
+    model(torch.randn(2, 8))
+    assert model.config.kind == "regression"
+
+
+@pytest.mark.parametrize("kind", [TakesAnotherPathFirst, CountsCalls])
+def test_a_config_that_makes_the_first_call_another_is_not_frozen(kind: type[nn.Module]):
+    torch.manual_seed(0)
+    source = kind()
+    x = torch.randn(2, 8)
+    eager = copy.deepcopy(source)
+    with pytest.raises(mpgraph.CaptureError, match=r"held by 'config'"):
+        mpgraph.convert(copy.deepcopy(source), "bf16", capture="export")(x)
+    converted = mpgraph.convert(source, "bf16", policy="autocast-cpu")
+    with pytest.warns(UserWarning, match=r"held by 'config'"):
+        got = [converted(x)]
+    got += [converted(x), converted(x)]
+    for result in got:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(result, eager(x))

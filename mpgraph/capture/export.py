@@ -74,6 +74,7 @@ class _Plan:
     marks: Marks
     output: Spec | None = None
     assignments: tuple[Assignment, ...] = ()
+    set_once: list[str] = dataclasses.field(default_factory=list)
 
 
 class _FlatModule(nn.Module):
@@ -94,7 +95,7 @@ class _FlatModule(nn.Module):
             leaves = tuple(leaves[index] for index in same)
         args, kwargs = unflatten(plan.call.spec, leaves)
         held = held_in(opaque_values(plan.call.spec))
-        with _attribute_changes(plan.model) as changes, _compiling(plan.call.says_compiling):
+        with _attribute_changes(plan) as changes, _compiling(plan.call.says_compiling):
             value = plan.forward(plan.model, *args, **kwargs)
         _refuse_changed_arguments(args, kwargs, leaves, plan.call.spec, held)
         outputs, plan.output = flatten(value)
@@ -157,13 +158,12 @@ def capture_export(
         Exception: Whatever torch.export or the model raises.
     """
     started = time.perf_counter()
-    marks = Marks(device)
-    plan = _Plan(model, forward, call, marks)
-    with _quiet(), torch.random.fork_rng(devices=[]), watch(), _same_containers(model):
-        with autocast, marks.made():
-            program = _export(_FlatModule(plan), call)
+    plan = _Plan(model, forward, call, Marks(device))
+    program = _trace(plan, autocast)
+    if plan.set_once:
+        plan, program = _settled(plan, program, autocast)
     assert plan.output is not None
-    gm = program.graph_module
+    gm, marks = program.graph_module, plan.marks
     marks.check(gm)
     refuse_transforms(gm)
     _refuse_generators(gm)
@@ -179,6 +179,31 @@ def capture_export(
     _drop_unused_placeholders(gm)
     seconds = time.perf_counter() - started
     return Captured(gm, constants, plan.output, plan.assignments, accepts, seconds)
+
+
+def _trace(
+    plan: _Plan, autocast: contextlib.AbstractContextManager[Any]
+) -> torch.export.ExportedProgram:
+    with _quiet(), torch.random.fork_rng(devices=[]), watch(), _same_containers(plan.model):
+        with autocast, plan.marks.made():
+            return _export(_FlatModule(plan), plan.call)
+
+
+def _settled(
+    plan: _Plan,
+    program: torch.export.ExportedProgram,
+    autocast: contextlib.AbstractContextManager[Any],
+) -> tuple[_Plan, torch.export.ExportedProgram]:
+    """Trace again what has set a plain value in an object, such as a config's default.
+
+    A value that the first call sets and no later one does is carried, if both calls compute the
+    same: it stays set, as after a call in eager mode. A counter is not.
+    """
+    again = dataclasses.replace(plan, marks=Marks(plan.marks.device), set_once=[])
+    repeated = _trace(again, autocast)
+    if again.set_once or str(repeated.graph) != str(program.graph):
+        raise NeedsDynamo(_changes(plan.set_once[0]))
+    return again, repeated
 
 
 def _live(gm: fx.GraphModule) -> set[fx.Node]:
@@ -250,8 +275,12 @@ def _export(wrapper: _FlatModule, call: Call) -> torch.export.ExportedProgram:
 
 
 @contextlib.contextmanager
-def _attribute_changes(model: nn.Module) -> Iterator[dict[tuple[str, str, bool], Any]]:
-    """Collect what the block assigns to modules, and put everything back as it was."""
+def _attribute_changes(plan: _Plan) -> Iterator[dict[tuple[str, str, bool], Any]]:
+    """Collect what the block assigns to modules, and put everything back as it was.
+
+    But for plain values in objects that the modules hold: those are noted in the plan.
+    """
+    model = plan.model
     before = {path: _state(module) for path, module in model.named_modules()}
     code = CodeState(list(model.modules()))
     held, values = [*held_by(model), *held_by_code(code)], code.values()
@@ -262,10 +291,16 @@ def _attribute_changes(model: nn.Module) -> Iterator[dict[tuple[str, str, bool],
         changes.update(_restore(path, module._buffers, old_buffers, True))
         changes.update(_restore(path, vars(module), old_attributes, False))
     for item in held:
-        if item.has_changed():
-            raise NeedsDynamo(f"forward changes what is held by {item.path!r}")
+        if item.has_other_plain_values():
+            plan.set_once.append(item.path)
+        elif item.has_changed():
+            raise NeedsDynamo(_changes(item.path))
     for name in code.changed_since(values):
         raise NeedsDynamo(f"forward changes {name}, which a graph would freeze")
+
+
+def _changes(path: str) -> str:
+    return f"forward changes what is held by {path!r}"
 
 
 def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -44,6 +44,17 @@ class Held:
             pairs = [(self.container[key], value) for key, value in self.before.items()]
         return any(now is not then and not _is_equal_plain(now, then) for now, then in pairs)
 
+    def has_other_plain_values(self) -> bool:
+        """Whether all that has changed is plain values under the same keys."""
+        if not isinstance(self.container, dict) or self.container.keys() != self.before.keys():
+            return False
+        changed = [
+            (self.container[key], then)
+            for key, then in self.before.items()
+            if self.container[key] is not then and not _is_equal_plain(self.container[key], then)
+        ]
+        return bool(changed) and all(isinstance(v, _PLAIN) for pair in changed for v in pair)
+
     def restore(self) -> None:
         """Put back what it held."""
         if isinstance(self.container, list):
