@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import resource
@@ -36,6 +37,17 @@ class Request:
     device: str = "cpu"
 
 
+# What every child would otherwise import anew.
+_SHARED = (
+    "transformers",
+    "mpgraph.capture.engines",
+    "mpgraph.passes",
+    "mpgraph.report.report",
+    ".candidates",
+    ".check",
+)
+
+
 def serve(requests: TextIO, answers: TextIO) -> None:
     """Answer requests until there are no more."""
     _preload()
@@ -47,9 +59,9 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 
 
 def _preload() -> None:
-    """Import what every child needs.
+    """Import what every child needs, also what torch.export imports when it first runs.
 
-    No operator may run here: its threads would not survive the fork.
+    No kernel may run here: its threads would not survive the fork. An export runs none.
     """
     import torch
 
@@ -57,13 +69,17 @@ def _preload() -> None:
     import torch._dynamo
     import torch.export
 
-    for name in ("transformers", "mpgraph"):
+    for name in _SHARED:
         with contextlib.suppress(ImportError):
-            __import__(name)
+            importlib.import_module(name, __package__)
     with contextlib.suppress(ImportError):
         from .torchvision_standin import import_timm
 
         import_timm()
+    from torch import nn
+
+    with torch.device("meta"):
+        torch.export.export(nn.Linear(2, 2), (torch.empty(2, 2),), strict=False)
 
 
 def run_in_child(request: Request) -> dict[str, Any]:
