@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import platform
@@ -33,11 +34,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpgraph
 
-BATCH = 12
+BATCH, SMALL_BATCH = 12, 4
 LEARNING_RATE = 1e-3
 UNTIMED_STEPS = 5  # capture, allocator and thread pools settle in the first few
 WARMUP_STEPS = 20  # over which the learning rate rises from nothing
 VALIDATION_BATCHES = 8
+MOST_STEPS, FEWEST_STEPS = 200, 60
 
 
 def english(config: GPTConfig, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -56,17 +58,19 @@ def windows(data: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return data[index], data[index + 1]
 
 
-def training_batches(data: Tensor, length: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def training_batches(
+    data: Tensor, length: int, batch: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches from random places, without end; the same ones for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        starts = torch.randint(len(data) - length, (BATCH,), generator=generator)
+        starts = torch.randint(len(data) - length, (batch,), generator=generator)
         yield windows(data, starts.to(data.device), length)
 
 
-def validation_batches(data: Tensor, length: int) -> list[tuple[Tensor, Tensor]]:
+def validation_batches(data: Tensor, length: int, batch: int) -> list[tuple[Tensor, Tensor]]:
     """A few batches spread evenly over ``data``, always the same."""
-    starts = torch.linspace(0, len(data) - length - 1, VALIDATION_BATCHES * BATCH).long()
+    starts = torch.linspace(0, len(data) - length - 1, VALIDATION_BATCHES * batch).long()
     parts = starts.to(data.device).chunk(VALIDATION_BATCHES)
     return [windows(data, part, length) for part in parts]
 
@@ -174,14 +178,23 @@ def make_loops(config: GPTConfig, device: torch.device, seed: int) -> list[Loop]
     ]
 
 
-def train(
-    loops: list[Loop], config: GPTConfig, steps: int, seed: int, device: torch.device
-) -> None:
-    """Let the loops take their steps in turn, with a look at the validation text now and then."""
-    training, held_back = english(config, device)
-    batches = training_batches(training, config.context, seed)
-    validation = validation_batches(held_back, config.context)
-    check_every = -(-steps // 5)
+def affordable_steps(loops: list[Loop], minutes: float) -> int:
+    """How many steps of every loop fit into so many minutes, going by the steps so far."""
+    rounds = [sum(seconds) for seconds in zip(*(loop.seconds for loop in loops), strict=True)]
+    spent, each = sum(rounds), statistics.median(rounds[UNTIMED_STEPS:])
+    fitting = len(rounds) + int((60 * minutes - spent) / each)
+    return max(FEWEST_STEPS, min(MOST_STEPS, fitting))
+
+
+def train(loops: list[Loop], config: GPTConfig, batch: int, options: argparse.Namespace) -> None:
+    """Let the loops take their steps in turn, with a look at the validation text now and then.
+
+    Without a number of steps, the first few decide how many there is time for.
+    """
+    steps: int | None = options.steps
+    training, held_back = english(config, options.device)
+    batches = training_batches(training, config.context, batch, options.seed)
+    validation = validation_batches(held_back, config.context, batch)
     columns = (
         TextColumn("training"),
         BarColumn(),
@@ -190,19 +203,25 @@ def train(
         TextColumn("{task.fields[losses]}"),
     )
     with Progress(*columns) as progress:
-        bar = progress.add_task("", total=steps, losses="")
-        for done in range(1, steps + 1):
+        total = steps or MOST_STEPS
+        bar = progress.add_task("", total=total, losses="")
+        for done in itertools.count(1):
             tokens, targets = next(batches)
             # A different loop begins each round: none always runs on another's warm caches.
             for shift in range(len(loops)):
                 loops[(done + shift) % len(loops)].step(tokens, targets)
             losses = "losses " + " ".join(f"{loop.losses[-1]:.3f}" for loop in loops)
-            progress.update(bar, advance=1, losses=losses)
-            if done % check_every == 0 or done == steps:
+            if steps is None and done == UNTIMED_STEPS + 5:
+                total = affordable_steps(loops, options.minutes)
+                progress.print(f"{total} steps each, for about {options.minutes:g} minutes")
+            progress.update(bar, advance=1, losses=losses, total=total)
+            if done % -(-total // 5) == 0 or done == total:
                 for loop in loops:
                     loop.validate(validation)
                 values = "  ".join(f"{loop.validation[-1][1]:.4f}" for loop in loops)
                 progress.print(f"step {done:4}: validation loss {values}")
+            if done == total:
+                break
     for loop in loops:
         loop.count_casts(tokens, targets)
 
@@ -286,10 +305,20 @@ def machine(device: torch.device) -> dict[str, object]:
     }
 
 
+def has_bf16_instructions() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware, as oneDNN sees it."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=200, help="steps of each loop (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, help=f"steps of each loop (as time allows, {MOST_STEPS} at most)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=4.0, help="without --steps: how long (%(default)s)"
+    )
     parser.add_argument(
         "--device",
         type=torch.device,
@@ -300,7 +329,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (as torch chooses)")
     options = parser.parse_args(arguments)
-    if options.steps < 1:
+    if options.steps is not None and options.steps < 1:
         parser.error("--steps must be at least 1")
     return options
 
@@ -308,20 +337,28 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None, config: GPTConfig | None = None) -> None:
     """Train, then print and write what came out."""
     options = parse_arguments(arguments)
-    config = config or GPTConfig()
+    emulated = options.device.type == "cpu" and not has_bf16_instructions()
+    batch = SMALL_BATCH if emulated else BATCH
+    config = config or GPTConfig(context=64 if emulated else 128)
     if options.threads:
         torch.set_num_threads(options.threads)
     console = Console()
     settings = machine(options.device) | asdict(config)
-    settings |= {"batch": BATCH, "steps": options.steps, "seed": options.seed}
+    settings |= {"batch": batch, "seed": options.seed}
 
     loops = make_loops(config, options.device, options.seed)
     parameters = sum(p.numel() for p in loops[0].model.parameters())
     console.print(
-        f"GPT of {parameters / 1e6:.1f} million parameters, {BATCH} × {config.context} bytes a "
+        f"GPT of {parameters / 1e6:.1f} million parameters, {batch} × {config.context} bytes a "
         f"step, on {options.device} ({settings['device']}, {settings['threads']} CPU threads)."
     )
-    train(loops, config, options.steps, options.seed, options.device)
+    if emulated:
+        console.print(
+            "This CPU has no bf16 instructions: bf16 is emulated, and far slower than fp32. "
+            "The batches are smaller for that."
+        )
+    train(loops, config, batch, options)
+    settings["steps"] = len(loops[0].losses)
 
     console.print("\nThe precision report of the first block:")
     console.print(
