@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tests.zoo import check, compare
 from tests.zoo.check import check_case
 from tests.zoo.compare import Verdict, compare_row
 from tests.zoo.registry import Case, all_cases, call, training_loss
-from tests.zoo.subject import under_autocast
+from tests.zoo.subject import converter, under_autocast
 from tests.zoo.values import leaves
 
 
@@ -317,3 +318,34 @@ def test_the_step_reads_the_gradient_of_this_call_alone() -> None:
     assert not compare.compare(*readings).differences
     with contextlib.suppress(KeyError):
         assert torch.equal(readings[0]["gradient weight"], readings[1]["gradient weight"])
+
+
+class LooksAtTheTracer(nn.Module):
+    """Multiplies by the weight in two ways: one while it is traced, one in eager mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(256, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, FakeTensor):
+            halves = x.chunk(2, -1), self.layer.weight.chunk(2, -1)
+            return sum((a @ w.T for a, w in zip(*halves, strict=True)), self.layer.bias)
+        return self.layer(x)
+
+
+def test_a_model_that_is_traced_on_another_path_is_told_from_one_that_is_rewritten_wrongly() -> (
+    None
+):
+    case = Case("tracer", LooksAtTheTracer, lambda b: call(torch.randn(b, 256)))
+    convert = converter("export", "bf16", "autocast-cpu")
+    assert check_case(case, convert).cause.startswith(f"{check.ANOTHER_PATH}: ")
+
+    def convert_and_scale(model: nn.Module) -> nn.Module:
+        converted = convert(model)
+        converted.register_forward_hook(lambda m, args, out: out * 1.01)
+        return converted
+
+    wrong = check_case(case, convert_and_scale)
+    assert wrong.verdict is not Verdict.BITWISE
+    assert check.ANOTHER_PATH not in wrong.cause

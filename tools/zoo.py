@@ -254,7 +254,7 @@ def sweep(arguments: argparse.Namespace) -> int:
     summarise(records)
     _write_json(records, arguments.json)
     if not arguments.only:
-        page = coverage_page(records, setting)
+        page = coverage_page(records, setting, len(names))
         arguments.page.parent.mkdir(parents=True, exist_ok=True)
         arguments.page.write_text(page)
     return 0 if not counts(records)["wrong"] else 1

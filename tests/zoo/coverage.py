@@ -44,14 +44,18 @@ def engine_of(record: Record) -> str:
     return (record.get("facts") or {}).get("engine") or "–"
 
 
-def coverage_page(records: Sequence[Record], setting: Setting) -> str:
-    """Return the page: counts, then causes by class, then one row per model."""
+def coverage_page(records: Sequence[Record], setting: Setting, names: int) -> str:
+    """Return the page: counts, then causes by class, then one row per model.
+
+    ``names`` is how many models there are to check: a sweep may not be at its end.
+    """
     counted = [r for r in records if r["verdict"] != Verdict.EAGER_FAILS]
     return "\n".join(
         [
             _INTRODUCTION,
             f"Versions: {_versions(records)}. Precision {setting.precision}, policy "
             f"`{setting.policy}`, engine `{setting.engine}`.\n",
+            f"Checked so far: {len(records)} of {names} models.\n" if len(records) < names else "",
             *_totals(records, counted),
             *_classes(counted),
             *_table("Models", [r for r in records if r in counted]),
