@@ -28,6 +28,7 @@ pytest.importorskip("numpy")
 from tests.zoo.check import check_case
 from tests.zoo.compare import Verdict
 from tests.zoo.registry import Call, Case, call
+from tests.zoo.subject import converter
 
 WIDTH = 8
 
@@ -643,3 +644,27 @@ def test_a_config_that_makes_the_first_call_another_is_not_frozen(kind: type[nn.
     for result in got:
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(result, eager(x))
+
+
+@pytest.mark.parametrize("capture", ["auto", "dynamo"])
+def test_a_hook_on_a_node_of_autograds_graph_is_kept(capture: str):
+    def hooked(self: Layers, x: Tensor) -> Tensor:
+        y = self.a(x).tanh()
+        if y.grad_fn is not None:
+            y.grad_fn.register_prehook(lambda gradients: (gradients[0] * 2,))
+        return self.b(y)
+
+    case = Case("hooked", lambda: Layers(hooked), rows)
+    outcome = check_case(case, converter(capture, "bf16", "autocast-cpu"))
+    assert outcome.verdict is Verdict.BITWISE, outcome.cause
+
+
+def test_export_refuses_a_hook_on_a_node_of_autograds_graph():
+    def hooked(self: Layers, x: Tensor) -> Tensor:
+        y = self.a(x).tanh()
+        y.grad_fn.register_hook(lambda *_: None)
+        return y
+
+    model = mpgraph.convert(Layers(hooked), "bf16", capture="export")
+    with pytest.raises(CaptureError, match="grad_fn"):
+        model(torch.randn(2, WIDTH))

@@ -64,11 +64,32 @@ def watch() -> Iterator[None]:
         stack.enter_context(_watch_functions())
         for owner, name, what in _HOOKED:
             stack.enter_context(_replaced(owner, name, _refusal(what, getattr(owner, name))))
+        stack.enter_context(_watch_nodes())
         stack.enter_context(_watch_saved_tensors())
         stack.enter_context(_watch_dispatch_modes())
         stack.enter_context(_watch_checkpoints())
         stack.enter_context(_watch_random())
         stack.enter_context(_watch_generator())
+        yield
+
+
+@contextlib.contextmanager
+def _watch_nodes() -> Iterator[None]:
+    """Hooks on the nodes of autograd's own graph (``y.grad_fn.register_hook``) would be lost.
+
+    Their classes are closed, so what is noticed is that the model's code reads ``grad_fn``.
+    """
+    capturing = threading.get_ident()
+    base: Any = torch._C.TensorBase
+    read = base.grad_fn.__get__
+
+    def grad_fn(tensor: torch.Tensor) -> Any:
+        reader = sys._getframe(1).f_code.co_filename
+        if threading.get_ident() == capturing and is_users(reader):
+            raise NeedsDynamo("what forward does with grad_fn leaves no trace", user_line())
+        return read(tensor)
+
+    with _replaced(torch.Tensor, "grad_fn", property(grad_fn)):
         yield
 
 
