@@ -6,9 +6,11 @@ loss, gradients, inputs, buffers, attributes and random states must be the same 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -668,3 +670,38 @@ def test_export_refuses_a_hook_on_a_node_of_autograds_graph():
     model = mpgraph.convert(Layers(hooked), "bf16", capture="export")
     with pytest.raises(CaptureError, match="grad_fn"):
         model(torch.randn(2, WIDTH))
+
+
+class Makes(OrderedDict[str, Any]):
+    """As transformers' ACT2FN: every look-up makes a new object, and some fail."""
+
+    def __getitem__(self, key: str) -> Any:
+        made = super().__getitem__(key)
+        return made()
+
+
+def _fails() -> None:
+    raise RuntimeError("this one cannot be made")
+
+
+ACTIVATIONS = Makes(tanh=nn.Tanh, relu=nn.ReLU, other=_fails)
+
+
+class LooksUp(nn.Module):
+    def __init__(self, fails: bool) -> None:
+        super().__init__()
+        self.layer, self.fails, self.table = nn.Linear(8, 8), fails, ACTIVATIONS
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = ACTIVATIONS["tanh"](self.layer(x))
+        return y * 2 if self.fails and y.sum() > 0 else y
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_global_table_with_methods_of_its_own_is_neither_called_nor_changed(fails: bool):
+    before = dict(dict.items(ACTIVATIONS))
+    model = mpgraph.convert(LooksUp(fails), "bf16", capture="export")
+    with pytest.raises(CaptureError) if fails else contextlib.nullcontext():
+        model(torch.randn(2, 8))
+    assert dict(dict.items(ACTIVATIONS)) == before
+    assert list(ACTIVATIONS) == list(before)

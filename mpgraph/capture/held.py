@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import types
 from collections.abc import Iterable, Iterator
@@ -32,36 +33,71 @@ class Held:
 
     def has_changed(self) -> bool:
         """Whether it holds something else now. Equal plain values are the same."""
-        if isinstance(self.container, set):
-            return bool(self.container != self.before)
-        if len(self.container) != len(self.before):
-            return True
-        if isinstance(self.container, list):
-            pairs = list(zip(self.container, self.before, strict=True))
-        else:
-            if self.container.keys() != self.before.keys():
+        now = snapshot(self.container)
+        if isinstance(now, set):
+            return bool(now != self.before)
+        if isinstance(now, dict):
+            if now.keys() != self.before.keys():
                 return True
-            pairs = [(self.container[key], value) for key, value in self.before.items()]
-        return any(now is not then and not _is_equal_plain(now, then) for now, then in pairs)
+            pairs = [(now[key], then) for key, then in self.before.items()]
+        else:
+            if len(now) != len(self.before):
+                return True
+            pairs = list(zip(now, self.before, strict=True))
+        return any(value is not then and not _is_equal_plain(value, then) for value, then in pairs)
 
     def has_other_plain_values(self) -> bool:
         """Whether all that has changed is plain values under the same keys."""
-        if not isinstance(self.container, dict) or self.container.keys() != self.before.keys():
+        now = snapshot(self.container)
+        if not isinstance(now, dict) or now.keys() != self.before.keys():
             return False
-        changed = [
-            (self.container[key], then)
-            for key, then in self.before.items()
-            if self.container[key] is not then and not _is_equal_plain(self.container[key], then)
-        ]
+        pairs = [(now[key], then) for key, then in self.before.items()]
+        changed = [(v, then) for v, then in pairs if v is not then and not _is_equal_plain(v, then)]
         return bool(changed) and all(isinstance(v, _PLAIN) for pair in changed for v in pair)
 
     def restore(self) -> None:
-        """Put back what it held."""
-        if isinstance(self.container, list):
-            self.container[:] = self.before
-        else:
-            self.container.clear()
-            self.container.update(self.before)
+        """Put back what it held, if it holds something else."""
+        put_back(self.container, self.before)
+
+
+def snapshot(container: Any) -> Any:
+    """A plain copy of a list, dict or set.
+
+    Of a subclass no method is called: transformers' ``ACT2FN`` makes a module of every value that
+    is looked up.
+    """
+    if isinstance(container, dict):
+        return dict(dict.items(container))
+    if isinstance(container, set):
+        return set(set.__iter__(container))
+    return list(list.__iter__(container))
+
+
+def put_back(container: Any, before: Any) -> None:
+    """Let a container hold what its snapshot holds; one that does so already is not touched."""
+    if _is_same(snapshot(container), before):
+        return
+    if isinstance(container, dict):
+        base = collections.OrderedDict if isinstance(container, collections.OrderedDict) else dict
+        base.clear(container)
+        for key, value in before.items():
+            base.__setitem__(container, key, value)
+    elif isinstance(container, set):
+        set.clear(container)
+        set.update(container, before)
+    else:
+        list.__setitem__(container, slice(None), before)
+
+
+def _is_same(now: Any, before: Any) -> bool:
+    if isinstance(now, set):
+        return bool(now == before)
+    if len(now) != len(before):
+        return False
+    if isinstance(now, dict):
+        pairs = zip(now.items(), before.items(), strict=True)
+        return all(a == b and v is w for (a, v), (b, w) in pairs)
+    return all(v is w for v, w in zip(now, before, strict=True))
 
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
@@ -103,7 +139,7 @@ def _held_in(values: Iterable[tuple[str, Any]], limit: int) -> list[Held]:
             continue
         seen.add(id(container))
         if not isinstance(container, tuple):
-            found.append(Held(path, container, container.copy()))
+            found.append(Held(path, container, snapshot(container)))
         inner = depth + (container is not value)
         waiting.extend((f"{path}{name}", item, inner) for name, item in _items(value, container))
     return found
@@ -120,7 +156,7 @@ def _opened(value: Any, enter_objects: bool) -> Any:
 
 def _items(value: Any, container: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(container, dict):
-        for key, item in list(container.items()):
+        for key, item in snapshot(container).items():
             yield f".{key}" if container is not value else f"[{key!r}]", item
     else:
         for index, item in enumerate(container):

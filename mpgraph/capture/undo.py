@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from mpgraph.capture.held import held_by, held_by_code, held_in
+from mpgraph.capture.held import held_by, held_by_code, held_in, put_back, snapshot
 from mpgraph.code_state import CodeState
 
 
@@ -26,7 +26,10 @@ def undone_on_failure(model: nn.Module, arguments: Iterable[Any] = ()) -> Iterat
     """
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     tables = [
-        (table, table.copy()) for own, _ in attributes for table in own.values() if _is_table(table)
+        (table, snapshot(table))
+        for own, _ in attributes
+        for table in own.values()
+        if _is_table(table)
     ]
     code = CodeState(list(model.modules()))
     values = code.values()
@@ -41,8 +44,7 @@ def undone_on_failure(model: nn.Module, arguments: Iterable[Any] = ()) -> Iterat
             current.clear()
             current.update(before)
         for table, before in tables:
-            table.clear()
-            table.update(before)
+            put_back(table, before)
         for item in held:
             item.restore()
         code.restore(values)
