@@ -71,8 +71,9 @@ zoo: $(VENV)/.mpgraph-zoo ## convert and check a selection of public models
 zoo-all: $(VENV)/.mpgraph-zoo ## convert and check every model of the zoo (hours)
 	$(BIN)/python tools/zoo.py sweep $(ZOO_ARGS)
 
-bench: $(VENV)/.mpgraph-dev ## measure speed and memory
-	$(BIN)/python tools/bench.py $(BENCH_ARGS)
+bench: $(VENV)/.mpgraph-zoo ## time eager steps next to autocast, and the passes
+	$(BIN)/python tools/bench_eager.py $(BENCH_ARGS)
+	$(BIN)/python tools/bench_passes.py
 
 clean: ## remove what the other targets made, the environment too
 	rm -rf $(VENV) build dist *.egg-info demo-output zoo-output

@@ -58,7 +58,7 @@ def resolve_precision(value: str | torch.dtype, device: str) -> Precision:
         name = _automatic(device)
     if name in PRECISIONS:
         return PRECISIONS[name]
-    near = difflib.get_close_matches(str(name), [*PRECISIONS, "auto"], n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(name).lower(), [*PRECISIONS, "auto"], n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise PrecisionError(
         f"unknown precision {value!r}.{hint} Use one of {', '.join(PRECISIONS)}, auto, "

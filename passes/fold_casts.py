@@ -16,8 +16,8 @@ def fold_casts(graph: fx.Graph, context: PassContext) -> int:
     (or the model) asked for. The outer cast must be one that mpgraph inserted: a cast that the
     model wrote may be there for the copy that it makes. ``b`` must hold every value of both ends,
     and have no other use: gradients that met in ``b`` would meet in a narrower dtype. Where
-    torch.autocast's gradients are to be kept to the bit, ``x`` may have no other use either: its
-    gradients would be added in another order.
+    torch.autocast's gradients are to be kept to the bit, ``x`` may have no gradient: each cast
+    makes a dense copy of it, and a later reduction adds in the order of its strides.
     """
     ordered = ir.differentiable(graph, context.grad) if context.strict else set()
     edits = 0
@@ -33,7 +33,7 @@ def _fold(graph: fx.Graph, outer: fx.Node, ordered: set[fx.Node]) -> int:
     start, middle, end = ir.dtype_of(source), ir.cast_target(inner), ir.cast_target(outer)
     if start is None or len(inner.users) > 1:
         return 0
-    if source in ordered and len(source.users) > 1:
+    if source in ordered:
         return 0
     if not (ir.is_lossless(start, middle) and ir.is_lossless(end, middle)):
         return 0

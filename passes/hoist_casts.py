@@ -20,11 +20,16 @@ def hoist_casts(graph: fx.Graph, context: PassContext) -> int:
 
     A class token in float32 joined to 16-bit patches, only to be lowered again for the next
     matrix product, is joined in 16 bit at once. Joining moves values and changes none, forward
-    and backward, so every bit stays. Not moved: a cast of a join that something else reads, and
-    one of a join that reads a value twice, whose gradients would be added in another order.
+    and backward. Not moved: a cast of a join that something else reads, and one of a join that
+    reads a value twice, whose gradients would be added in another order. Where torch.autocast's
+    gradients are to be kept to the bit, no join with a gradient: without the casts its parts get
+    slices for gradients, in whose strides a later reduction may add in another order.
     """
+    ordered = ir.differentiable(graph, context.grad) if context.strict else set()
     edits = 0
     for node in list(graph.nodes):
+        if node in ordered:
+            continue
         if ir.is_cast(node) and ir.is_inserted(node) and _is_worth_it(node):
             _hoist(graph, node)
             edits += 1

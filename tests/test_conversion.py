@@ -522,3 +522,8 @@ def test_importing_mpgraph_loads_no_torch():
 
     code = "import mpgraph, sys; assert 'torch' not in sys.modules; mpgraph.Policy"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_precision_in_capitals_is_not_taken_for_another_one():
+    with pytest.raises(mpgraph.PrecisionError, match="Did you mean 'bf16'"):
+        mpgraph.convert(nn.Linear(4, 4), "BF16")

@@ -515,3 +515,8 @@ def _many_blocks(number: int) -> fx.GraphModule:
         x = add(block, aten.softmax.int, y, -1, val=wide, decision=widen)
     graph.output(x)
     return fx.GraphModule(nn.Module(), graph)
+
+
+def test_the_repr_of_a_report_is_one_line():
+    model = mpgraph.convert(nn.Linear(4, 4), "bf16", example_inputs=(torch.ones(2, 4),))
+    assert repr(mpgraph.explain(model)) == "<Report on Linear, 1 graphs: print() shows it>"

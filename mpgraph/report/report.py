@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
     """In which dtype every operator of a model runs, and why. A value: plain text and numbers.
 
@@ -124,6 +124,9 @@ class Report:
         """
         shown = self.filter(module=module, op=op, rule=rule, dtype=dtype, graph=graph)
         return to_text(list(shown._parts(verbose)), width)
+
+    def __repr__(self) -> str:
+        return f"<Report on {self.model}, {len(self.graphs)} graphs: print() shows it>"
 
     def __str__(self) -> str:
         """The summary, or the selected nodes."""

@@ -33,6 +33,11 @@ def test_a_16_bit_part_is_not_widened_to_be_lowered_again():
     )
 
 
+def test_a_join_with_a_gradient_stays_where_the_bits_of_autocast_are_kept():
+    check_pass(hoist_casts, joined, *pair(), edits=0, strict=True)
+    check_pass(hoist_casts, joined, *pair(), edits=1, strict=True, grad=False)
+
+
 def test_stacking_is_joining_too():
     check_pass(
         hoist_casts, lambda a, b: cast(torch.stack([a, cast(b, f32)], 1), bf16), *pair(), edits=1
