@@ -134,6 +134,7 @@ class _Scaler:
     def _before(self, node: fx.Node, source: fx.Node, target: Any, dtype: torch.dtype) -> fx.Node:
         new = ir.add_cast(self.graph, source, dtype, before=node)
         new.target, new.args = target, (source, dtype, self._scale())
+        self.carrying.add(new)
         self.edits += 1
         return new
 
