@@ -80,7 +80,9 @@ class _Scaler:
             return
         elif torch.float16 not in dtypes(node) and (promotes(node) or ir.is_mutating(node)):
             for source in filter(is_half, sources):
-                self._replace(node, source, self._before(node, source, ops.WIDEN, torch.float32))
+                node.replace_input_with(
+                    source, self._before(node, source, ops.WIDEN, torch.float32)
+                )
         else:
             self._surround(node, sources)
 
@@ -95,7 +97,7 @@ class _Scaler:
         for source in sources:
             dtype = ir.dtype_of(source)
             if dtype is not None and dtype is not torch.float16:
-                self._replace(node, source, self._before(node, source, ops.LOWER, dtype))
+                node.replace_input_with(source, self._before(node, source, ops.LOWER, dtype))
         results = [user for user in node.users if ir.is_getitem(user)] or [node]
         for result in results:
             dtype = ir.dtype_of(result)
@@ -107,7 +109,7 @@ class _Scaler:
         value = cast(fx.Node, node.args[0])
         if value not in sources or not is_half(value):
             return
-        self._replace(node, value, self._before(node, value, ops.WIDEN, torch.float32))
+        node.replace_input_with(value, self._before(node, value, ops.WIDEN, torch.float32))
         node.meta["val"] = ir.retype(node.meta["val"], torch.float32)
         self._after(node, ops.LOWER, torch.float16)
 
@@ -129,7 +131,7 @@ class _Scaler:
                 self.edits += 1
             else:
                 continue
-            self._replace(output, value, widened)
+            output.replace_input_with(value, widened)
 
     def _before(self, node: fx.Node, source: fx.Node, target: Any, dtype: torch.dtype) -> fx.Node:
         new = ir.add_cast(self.graph, source, dtype, before=node)
@@ -143,9 +145,6 @@ class _Scaler:
         # The place of the operator itself, not of what comes next.
         new.meta = ir.cast_meta(node, dtype, node)
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-
-    def _replace(self, node: fx.Node, old: fx.Node, new: fx.Node) -> None:
-        node.replace_input_with(old, new)
 
     def _scale(self) -> fx.Node:
         if self.scale is None:

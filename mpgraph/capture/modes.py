@@ -18,12 +18,11 @@ import torch
 from torch import fx
 
 from mpgraph import ir
+from mpgraph.capture.ambient import ENTER_AUTOCAST, EXIT_AUTOCAST
 from mpgraph.capture.detect import NeedsDynamo, user_line
 
 _GRAD_BLOCK = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST_BLOCK = torch.ops.higher_order.wrap_with_autocast
-_ENTER = torch.amp.autocast_mode._enter_autocast
-_EXIT = torch.amp.autocast_mode._exit_autocast
 _MARK = "traced in"
 
 
@@ -171,10 +170,10 @@ class Marks:
             if node.op != "call_function":
                 continue
             # Where a block could not become a sub-graph, its own calls are left.
-            if node.target is _ENTER:
+            if node.target is ENTER_AUTOCAST:
                 entered.append(expected)
                 expected = self._entered(expected, node)
-            elif node.target is _EXIT:
+            elif node.target is EXIT_AUTOCAST:
                 expected = entered.pop()
             elif node.target is ir.SET_GRAD:
                 expected = dataclasses.replace(expected, grad=bool(node.args[0]))

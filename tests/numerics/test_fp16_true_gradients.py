@@ -315,3 +315,23 @@ def test_a_guarded_step_in_pure_fp16_is_skipped_or_taken():
     pure(x.half()).square().mean().backward()
     optimizer.step()
     assert not optimizer.last_step_skipped
+
+
+class TwoMixedLosses(nn.Module):
+    """The second loss takes an fp32 value that came out of the first one's broadcast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, k = self.a(x), self.b(x)
+        return torch.nn.functional.mse_loss(h, x) + torch.nn.functional.mse_loss(k, x)
+
+
+def test_operators_of_mixed_dtypes_in_a_row_let_no_scale_out():
+    torch.manual_seed(0)
+    model, x = TwoMixedLosses(), torch.randn(6, 8, requires_grad=True)
+    (want,) = torch.autograd.grad(model(x), x)
+    (got,) = torch.autograd.grad(mpgraph.convert(model, "fp16")(x), x)
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=2e-4)
