@@ -34,7 +34,7 @@ class RuleChoice:
         rule: What happens to the node's inputs.
         reason: Why, from the operator table or the override.
         source: ``"preset default"``, ``"override 2: module=decoder.*"`` or ``"no row: ..."``.
-        dtype: ``"bf16"`` or ``"fp16"`` where an override names the dtype of a LOWER, else None.
+        dtype: ``"bf16"`` or ``"fp16"`` where an override or a row names the dtype of a LOWER.
         set_dtype: See ``OpRule``.
         append_dtype: See ``OpRule``.
     """
@@ -331,6 +331,7 @@ def _from_row(row: OpRule, preset: str) -> RuleChoice:
         row.rule,
         row.reason,
         f"preset {preset}",
+        dtype=row.dtype,
         set_dtype=row.set_dtype,
         append_dtype=row.append_dtype,
     )
