@@ -13,7 +13,6 @@ from torch import nn
 from mpgraph import ir
 from mpgraph.errors import PolicyError, PrecisionError
 from mpgraph.module import (
-    STATE,
     MixedPrecision,
     Settings,
     State,
@@ -21,6 +20,7 @@ from mpgraph.module import (
     copy_tree,
     state_of,
 )
+from mpgraph.plain import STATE
 from mpgraph.policy import Policy
 from mpgraph.precision import Precision, allow_tf32, resolve_precision
 from mpgraph.unguarded import watch

@@ -19,8 +19,8 @@ class PrecisionError(MPGraphError, ValueError):
     """The requested precision is unknown, or does not fit the model or its parameters."""
 
 
-class ExportError(MPGraphError):
-    """The graph cannot be written in the requested format."""
+class CallError(MPGraphError, TypeError):
+    """A converted module was called with arguments that its ``forward`` does not take."""
 
 
 class VerificationError(MPGraphError, AssertionError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import inspect
 import threading
 import traceback
 import types
@@ -24,12 +23,13 @@ from mpgraph.gather import gatherer
 from mpgraph.loss_scale import CurrentScale, LossScale
 from mpgraph.module_tree import ModuleTree
 from mpgraph.pipeline import PassContext, PassReport
+from mpgraph.plain import STATE
 from mpgraph.policy import Policy
 from mpgraph.precision import Precision
+from mpgraph.signature import Signature
 from mpgraph.structure import Spec, flatten, same_leaves, unflatten
 from mpgraph.weights import WeightCopies
 
-STATE = "_mpgraph"
 _local = threading.local()
 _capture_lock = threading.RLock()
 
@@ -165,7 +165,7 @@ class State:
     def _reset(self) -> None:
         self._by_key: dict[Any, list[Any]] = {}
         self._tree: ModuleTree | None = None
-        self._signature: _Signature | None = None
+        self._signature: Signature | None = None
         self._said: set[str] = set()
         self.dynamo: Any = None
 
@@ -215,7 +215,7 @@ class State:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._signature is None:
-            self._signature = _Signature(self.original_forward(), type(model).__name__)
+            self._signature = Signature(self.original_forward(), type(model).__name__)
         return self._signature.bind(args, kwargs)
 
     def _find(self, model: nn.Module, leaves: list[Any], spec: Spec) -> Any:
@@ -311,82 +311,6 @@ def _describe(leaf: Any) -> tuple[Any, ...]:
         gradient = (leaf.requires_grad, leaf.is_leaf)
         return type(leaf), leaf.dtype, leaf.dim(), leaf.device, gradient, leaf.is_contiguous()
     return (type(leaf),)
-
-
-class _Signature:
-    """Arguments in one canonical form: whatever has a name by name, defaults left out."""
-
-    def __init__(self, forward: Callable[..., Any], owner: str) -> None:
-        self.owner = owner
-        signature = inspect.signature(forward)
-        parameters = list(signature.parameters.values())
-        bound = inspect.ismethod(forward)
-        self.parameters = parameters if bound else parameters[1:]
-        self.signature = signature.replace(parameters=self.parameters)
-        kinds = {p.kind for p in self.parameters}
-        self.names = [p.name for p in self.parameters]
-        self.defaults = {
-            p.name: p.default for p in self.parameters if p.default is not inspect.Parameter.empty
-        }
-        self.required = [
-            p.name
-            for p in self.parameters
-            if p.default is inspect.Parameter.empty
-            and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        ]
-        # *args and positional-only arguments keep their places.
-        self.by_name = not kinds & {
-            inspect.Parameter.VAR_POSITIONAL,
-            inspect.Parameter.POSITIONAL_ONLY,
-        }
-        self.open = inspect.Parameter.VAR_KEYWORD in kinds
-
-    def bind(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if not self.by_name:
-            self._check(args, kwargs)
-            return args, kwargs
-        if len(args) > len(self.names) or not self._is_complete(args, kwargs):
-            self._check(args, kwargs)
-        merged = dict(zip(self.names, args, strict=False))
-        merged.update(kwargs)
-        defaults = self.defaults
-        return (), {
-            name: merged[name]
-            for name in (*self.names, *merged)
-            if name in merged
-            and not (name in defaults and _is_default(merged[name], defaults[name]))
-        }
-
-    def _is_complete(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        given = self.names[: len(args)]
-        if any(name in kwargs for name in given):
-            return False
-        if not self.open and any(name not in self.names for name in kwargs):
-            return False
-        return all(name in kwargs or name in given for name in self.required)
-
-    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        try:
-            self.signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise CallError(
-                f"{self.owner}.forward{self.signature}: {error}. "
-                f"Found {len(args)} positional arguments and {sorted(kwargs) or 'no keywords'}."
-            ) from None
-
-
-class CallError(MPGraphError, TypeError):
-    """A converted module was called with arguments that its forward does not take."""
-
-
-def _is_default(value: Any, default: Any) -> bool:
-    return value is default or (
-        isinstance(value, (bool, int, float, str))
-        and type(value) is type(default)
-        and value == default
-    )
 
 
 def make_specialisation(
