@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
@@ -24,6 +23,7 @@ from mpgraph.plain import STATE
 from mpgraph.policy import Policy
 from mpgraph.precision import Precision, allow_tf32, resolve_precision
 from mpgraph.unguarded import watch
+from mpgraph.warn import warn
 
 M = TypeVar("M", bound=nn.Module)
 CAPTURES = ("auto", "export", "dynamo")
@@ -171,11 +171,10 @@ def _no_masters(floating: dict[str, Any], halves: list[str], precision: Precisio
 def _change_parameters(model: nn.Module, precision: Precision, masters: str | None) -> None:
     if masters == "create" and not precision.pure:
         _retype_parameters(model, torch.float32, _HALF)
-        warnings.warn(
-            "mpgraph: float32 masters were made from 16-bit parameters; what rounding had already "
+        warn(
+            "float32 masters were made from 16-bit parameters; what rounding had already "
             "taken is lost. Load the model in float32 if you can. Create the optimizer after "
-            "convert: these are new parameters.",
-            stacklevel=3,
+            "convert: these are new parameters."
         )
     elif precision.pure:
         assert precision.compute is not None

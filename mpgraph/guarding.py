@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import sys
 import types
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
@@ -19,6 +18,7 @@ from mpgraph.loss_scale import CurrentScale, LossScale
 from mpgraph.module import MixedPrecision, state_of
 from mpgraph.snapshot import Snapshot, evaluates_closure_first
 from mpgraph.unguarded import shares_parameters
+from mpgraph.warn import warn
 
 O = TypeVar("O", bound=Optimizer)  # noqa: E741
 _KEY = "mpgraph"
@@ -233,10 +233,9 @@ class _Guard:
         scales = list(self.scales())
         if saved is None:
             if scales:
-                warnings.warn(
-                    "mpgraph: this optimizer state was saved without mpgraph.guard, so it holds no "
-                    "loss scale. The scale stays as it is.",
-                    stacklevel=4,
+                warn(
+                    "this optimizer state was saved without mpgraph.guard, so it holds no "
+                    "loss scale. The scale stays as it is."
                 )
             return
         if len(saved["scales"]) != len(scales):

@@ -8,7 +8,6 @@ import functools
 import threading
 import traceback
 import types
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -28,6 +27,7 @@ from mpgraph.policy import Policy
 from mpgraph.precision import Precision
 from mpgraph.signature import Signature
 from mpgraph.structure import Spec, flatten, same_leaves, unflatten
+from mpgraph.warn import warn
 from mpgraph.weights import WeightCopies
 
 _local = threading.local()
@@ -131,8 +131,10 @@ def _make_class(original: type[nn.Module]) -> type[Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return vars(self)[STATE].call(self, args, kwargs)
 
-    namespace = {"forward": forward, "__module__": original.__module__, "__doc__": original.__doc__}
-    return type(f"MixedPrecision{original.__name__}", (MixedPrecision, original), namespace)
+    # By the user's name: printed models, errors and saved configs are to say what they said.
+    copied = ("__module__", "__qualname__", "__doc__")
+    namespace = {"forward": forward, **{name: getattr(original, name) for name in copied}}
+    return type(original.__name__, (MixedPrecision, original), namespace)
 
 
 def state_of(model: Any) -> State:
@@ -292,7 +294,7 @@ class State:
         """Warn once per module."""
         if message not in self._said:
             self._said.add(message)
-            warnings.warn(f"mpgraph: {message}", stacklevel=6)
+            warn(message)
 
 
 class capturing:

@@ -216,11 +216,10 @@ def _mode(model: nn.Module) -> Any:
 
 
 def _notice(kind: type, reason: str) -> str:
-    name = kind.__name__.removeprefix("MixedPrecision")
     return (
-        f"torch.export cannot carry {name} faithfully: {reason}. Dynamo carries it instead: every "
-        "graph is rewritten, and what lies between them runs in eager mode under torch.autocast; "
-        "mpgraph.explain(model) lists both. With capture='dynamo' this is not said."
+        f"torch.export cannot carry {kind.__name__} faithfully: {reason}. Dynamo carries it "
+        "instead: every graph is rewritten, and what lies between them runs in eager mode under "
+        "torch.autocast; mpgraph.explain(model) lists both. With capture='dynamo' this is not said."
     )
 
 
