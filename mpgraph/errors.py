@@ -29,5 +29,5 @@ class VerificationError(MPGraphError, AssertionError):
     def __init__(self, message: str) -> None:
         super().__init__(
             f"{message}\nThis is a bug in mpgraph, not in your model. Please report it with the "
-            f"output of `print(mpgraph.text(model))`."
+            "traceback and the smallest model that shows it."
         )

@@ -137,8 +137,8 @@ def _make_class(original: type[nn.Module]) -> type[Any]:
     return type(original.__name__, (MixedPrecision, original), namespace)
 
 
-def state_of(model: Any) -> State:
-    """The conversion state of a converted module.
+def state_of(model: Any, precision: str = "bf16") -> State:
+    """The conversion state of a converted module; ``precision`` is for the error's advice.
 
     Raises:
         MPGraphError: The module was not converted.
@@ -147,7 +147,7 @@ def state_of(model: Any) -> State:
     if not isinstance(state, State):
         raise MPGraphError(
             f"expected a module from mpgraph.convert, found {type(model).__name__}. "
-            "Convert it first: model = mpgraph.convert(model, 'bf16')"
+            f"Convert it first: model = mpgraph.convert(model, {precision!r})"
         )
     return state
 
