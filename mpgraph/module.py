@@ -344,9 +344,13 @@ def add_place(error: Exception, gm: torch.fx.GraphModule) -> None:
         if frame.filename.startswith("<eval_with_key>") and name in names:
             node = names[name]
             note = f"mpgraph: in node %{name} ({node.target}), from {ir.source_line(node)}"
-            # BaseException.add_note came with Python 3.11; this is what it does.
-            vars(error).setdefault("__notes__", []).append(note)
+            add_note(error, note)
             return
+
+
+def add_note(error: Exception, note: str) -> None:
+    """As ``BaseException.add_note``, which came with Python 3.11."""
+    vars(error).setdefault("__notes__", []).append(note)
 
 
 def _restoring_grad_mode(run: Callable[..., Any]) -> Callable[..., Any]:
