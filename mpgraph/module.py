@@ -274,14 +274,15 @@ class State:
         count, limit = len(self.specialisations()), self.settings.max_graphs
         if count >= limit:
             raise CaptureError(
-                f"this model was captured {count} times, for as many kinds of call; the limit is "
+                f"this model was captured {times(count)}, for as many kinds of call; the limit is "
                 f"{limit}. mpgraph.explain(model) lists them. Pad inputs to fewer shapes, pass "
                 "changing numbers as tensors, or raise max_graphs in mpgraph.convert."
             )
         if count == limit // 2:
             self.say(
-                f"this model has been captured {count} times for different kinds of call "
-                "(mpgraph.explain lists them); every new kind costs a capture."
+                f"this model has been captured {times(count)}, for as many kinds of call, and at "
+                f"most {limit} are allowed (max_graphs); mpgraph.explain(model) lists them. Every "
+                "new kind costs a capture."
             )
 
     def _say_autocast(self) -> None:
@@ -295,6 +296,11 @@ class State:
         if message not in self._said:
             self._said.add(message)
             warn(message)
+
+
+def times(count: int) -> str:
+    """``once``, ``twice``, ``3 times``."""
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
 class capturing:

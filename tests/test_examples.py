@@ -61,6 +61,9 @@ def test_demo_writes_its_table_picture_and_data(tmp_path, monkeypatch, capsys):
 
     printed = capsys.readouterr().out
     assert "ms per step" in printed
+    assert re.search(
+        r"validation loss +fp32 +autocast bf16 +mpgraph bf16\nstep +1( +\d\.\d{4}){3}\n", printed
+    )
     assert "attention" in printed  # the precision report of the first block
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "losses.json").read_text())

@@ -100,6 +100,7 @@ class DynamoEngine:
     def __init__(self, state: State, model: nn.Module, context: PassContext) -> None:
         self.state = state
         self.context = context
+        self.modules = [path for path, _ in model.named_modules()]
         self.paths = {id(p): path for path, p in model.named_parameters()}
         self.modes: set[Any] = set()
         self._announced = False
@@ -173,7 +174,7 @@ class DynamoEngine:
             if node.op == "call_function"
         )
         try:
-            self.context.policy.check_overrides(nodes)
+            self.context.policy.check_overrides(nodes, self.modules)
         except PolicyError as error:
             self.state.say(f"in the graphs of the first call, {error}")
 

@@ -49,7 +49,7 @@ def capture_call(
     except (NeedsDynamo, Exception) as error:
         failure = error
     else:
-        check_overrides(state, captured.graph_module)
+        check_overrides(state, model, captured.graph_module)
         return make_specialisation(model, state, captured, reports, context, label, shapes)
     # Not inside the handler: torch's error would be printed as the cause of the model's own.
     if not isinstance(failure, NeedsDynamo) and not plain_reason(failure):
@@ -59,19 +59,20 @@ def capture_call(
     return make_entry(state, model, context, label, shapes, failure)
 
 
-def check_overrides(state: State, *graphs: fx.GraphModule) -> None:
+def check_overrides(state: State, model: nn.Module, *graphs: fx.GraphModule) -> None:
     """Refuse a policy with an override that selects nothing in the first graphs captured.
 
     Later ones may well lack a module (dropout in eval mode) that an override names.
     """
     if not state.specialisations():
-        state.settings.policy.check_overrides(
+        nodes = (
             (ir.operator_name(node), ir.module_path(node), node.name)
             for gm in graphs
             for body in ir.all_graphs(gm)
             for node in body.graph.nodes
             if node.op == "call_function"
         )
+        state.settings.policy.check_overrides(nodes, [path for path, _ in model.named_modules()])
 
 
 def _context(state: State) -> PassContext:
