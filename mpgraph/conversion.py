@@ -170,12 +170,13 @@ def _no_masters(floating: dict[str, Any], halves: list[str], precision: Precisio
 
 def _change_parameters(model: nn.Module, precision: Precision, masters: str | None) -> None:
     if masters == "create" and not precision.pure:
+        if any(p.dtype in _HALF for p in model.parameters()):
+            warn(
+                "float32 masters were made from 16-bit parameters; what rounding had already "
+                "taken is lost. Load the model in float32 if you can. Create the optimizer after "
+                "convert: these are new parameters."
+            )
         _retype_parameters(model, torch.float32, _HALF)
-        warn(
-            "float32 masters were made from 16-bit parameters; what rounding had already "
-            "taken is lost. Load the model in float32 if you can. Create the optimizer after "
-            "convert: these are new parameters."
-        )
     elif precision.pure:
         assert precision.compute is not None
         _retype_parameters(model, precision.compute, (torch.float32, *_HALF))

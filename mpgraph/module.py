@@ -129,7 +129,9 @@ def _make_class(original: type[nn.Module]) -> type[Any]:
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return vars(self)[STATE].call(self, args, kwargs)
+        # A slice of a converted Sequential has its class, but was never converted itself.
+        state = vars(self).get(STATE) or state_of(self)
+        return state.call(self, args, kwargs)
 
     # By the user's name: printed models, errors and saved configs are to say what they said.
     copied = ("__module__", "__qualname__", "__doc__")

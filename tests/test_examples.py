@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import re
 import runpy
@@ -87,6 +88,14 @@ def test_links_between_documents_lead_somewhere(document):
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text())
     missing = [target for target in targets if not (document.parent / target).exists()]
     assert missing == []
+
+
+def test_sessions_in_the_documents_give_what_they_show():
+    session = "".join(blocks(ROOT / "docs" / "precisions.md", "pycon"))
+    test = doctest.DocTestParser().get_doctest(session, {}, "precisions.md", None, 0)
+    result = doctest.DocTestRunner().run(test)
+    assert result.attempted > 25
+    assert result.failed == 0
 
 
 def test_policy_file_in_the_documents_can_be_read():

@@ -30,6 +30,12 @@ def test_the_errors_and_the_report_that_users_meet_are_public():
         model(torch.ones(3, 4), 1)
 
 
+def test_a_slice_of_a_converted_model_says_that_it_was_not_converted():
+    model = mpgraph.convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "bf16")
+    with pytest.raises(mpgraph.MPGraphError, match=r"found Sequential\. Convert it first"):
+        model[:1](torch.ones(3, 4))
+
+
 class Plain(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -61,6 +61,12 @@ def test_a_warning_of_convert_points_at_convert():
         mpgraph.convert(nn.Linear(8, 4).bfloat16(), "bf16", masters="create")
 
 
+def test_masters_of_a_model_in_fp32_are_nothing_to_warn_about():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mpgraph.convert(nn.Linear(8, 4), "bf16", masters="create")
+
+
 def test_a_warning_about_the_machine_points_at_convert(monkeypatch):
     monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: False)
     with pointing_here():
