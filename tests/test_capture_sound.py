@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mpgraph
 from mpgraph import CaptureError
+from mpgraph.capture import miscounts
 from mpgraph.capture.modes import switches_kept
 
 pytest.importorskip("numpy")
@@ -491,15 +492,39 @@ class CountsInADefault(nn.Linear):
 )
 def test_what_forward_counts_outside_of_the_model_is_counted_at_every_call(kind, what):
     model, x = kind(WIDTH, WIDTH), torch.randn(4, WIDTH)
+    if miscounts.MISCOUNTS and kind is CountsInADefault:
+        what = what.removeprefix("held by '").removesuffix("'")
     with pytest.raises(CaptureError, match=re.escape(what)):
         mpgraph.convert(model, "bf16", capture="export")(x)
     converted = mpgraph.convert(model, "bf16")
+    if miscounts.MISCOUNTS and kind in (CountsInAClassAttribute, CountsInADefault):
+        with pytest.raises(CaptureError, match=r"Dynamo in torch 2\.\d"):
+            converted(x)
+        return
     with pytest.warns(UserWarning, match=re.escape(what)):
         got = [converted(x) for _ in range(3)]
     # The failed captures have left no trace: this is the first call that counts.
     plain = F.linear(x.bfloat16(), model.weight.bfloat16(), model.bias.bfloat16())
     for count, output in enumerate(got, start=1):
         assert torch.equal(output, plain * count)
+
+
+@pytest.mark.parametrize(
+    ("kind", "capture"),
+    [
+        (CountsInAClassAttribute, "dynamo"),
+        (CountsInADefault, "auto"),
+        (CountsInAGlobal, "dynamo"),
+    ],
+)
+def test_where_dynamo_miscounts_it_is_refused(kind, capture, monkeypatch):
+    monkeypatch.setattr(miscounts, "MISCOUNTS", True)
+    converted = mpgraph.convert(kind(WIDTH, WIDTH), "bf16", capture=capture)
+    if kind is CountsInAGlobal:
+        converted(torch.randn(4, WIDTH))
+        return
+    with pytest.raises(CaptureError, match=f"forward changes .*{kind.__name__}.*reads it once"):
+        converted(torch.randn(4, WIDTH))
 
 
 LIMIT = 2.0

@@ -7,6 +7,7 @@ graphs (a branch on data, a random number, a counter) happens as under eager ``t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import types
@@ -24,6 +25,7 @@ from mpgraph.capture.dynamo_settings import configured
 from mpgraph.capture.kept import repair_checkpoints
 from mpgraph.capture.lower import Graphs
 from mpgraph.capture.own_error import raise_own_error
+from mpgraph.capture.miscounts import refuse_miscounts
 from mpgraph.capture.paths import label_placeholders
 from mpgraph.errors import CaptureError, PolicyError
 from mpgraph.module import State, capturing
@@ -142,6 +144,7 @@ class DynamoEngine:
         watch = Watch()
         try:
             with (
+                self._watched(model),
                 capturing(),
                 configured(self.context.device, self.state.settings.max_graphs),
                 self.context.autocast(),
@@ -150,6 +153,11 @@ class DynamoEngine:
         finally:
             calls.now = outer
             entry.note(call, watch.new())
+
+    def _watched(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Look on at the first call of each mode."""
+        is_known = _mode(model) in self.modes
+        return contextlib.nullcontext() if is_known else refuse_miscounts(model)
 
     def _announce(self, entry: DynamoEntry, call: Call) -> None:
         """Say, once, what export could not do; and that a call went past every graph."""

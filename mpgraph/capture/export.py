@@ -28,6 +28,7 @@ from mpgraph import ir
 from mpgraph.capture.captured import Assignment, Captured, Slot
 from mpgraph.capture.detect import NeedsDynamo, watch
 from mpgraph.capture.held import Held, held_by, held_by_code, held_in
+from mpgraph.capture.miscounts import refuse_miscounted
 from mpgraph.capture.modes import Marks
 from mpgraph.capture.transforms import refuse_transforms
 from mpgraph.code_state import CodeState
@@ -284,7 +285,8 @@ def _attribute_changes(plan: _Plan) -> Iterator[dict[tuple[str, str, bool], Any]
     model = plan.model
     before = {path: _state(module) for path, module in model.named_modules()}
     code = CodeState(list(model.modules()))
-    held, values = [*held_by(model), *held_by_code(code)], code.values()
+    code_held, values = held_by_code(code), code.values()
+    held = [*held_by(model), *code_held]
     changes: dict[tuple[str, str, bool], Any] = {}
     yield changes
     for path, module in model.named_modules():
@@ -295,6 +297,8 @@ def _attribute_changes(plan: _Plan) -> Iterator[dict[tuple[str, str, bool], Any]
         if item.has_other_plain_values():
             plan.set_once.append(item.path)
         elif item.has_changed():
+            if item in code_held:
+                refuse_miscounted(item.path)
             raise NeedsDynamo(_changes(item.path))
     for name in code.changed_since(values):
         raise NeedsDynamo(f"forward changes {name}, which a graph would freeze")
