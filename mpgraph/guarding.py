@@ -178,7 +178,7 @@ class _Guard:
         if not gradients:
             return self.run(**options)
         found = self.find(gradients)
-        if _takes_flag(self.optimizer):
+        if _takes_flag(self.optimizer) and not _makes_momentum(self.optimizer):
             result = self._step_with_flag(found, **options)
         else:
             skipped = self.optimizer.last_step_skipped = bool(found.item())
@@ -253,6 +253,21 @@ def _takes_flag(optimizer: Any) -> bool:
     """Whether the optimizer's own kernels skip by ``found_inf``, in every group."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and all(
         group.get("fused", True) for group in optimizer.param_groups
+    )
+
+
+def _makes_momentum(optimizer: Any) -> bool:
+    """Whether this step makes momentum buffers of a fused SGD.
+
+    It makes them without values, and its kernel leaves them so where it skips. The state of other
+    fused optimizers starts with values.
+    """
+    return isinstance(optimizer, torch.optim.SGD) and any(
+        group["momentum"] != 0
+        and p.grad is not None
+        and optimizer.state.get(p, {}).get("momentum_buffer") is None
+        for group in optimizer.param_groups
+        for p in group["params"]
     )
 
 

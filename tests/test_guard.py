@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -94,6 +95,46 @@ def test_guarded_steps_are_the_optimizers_own(name):
                 warnings.simplefilter("ignore")
                 o.step()
     assert_equal(everything(optimizer), everything(plain))
+
+
+FUSED: dict[str, Any] = {
+    "adam": lambda p, fused: torch.optim.Adam(p, lr=0.01, amsgrad=True, fused=fused),
+    "adamw": lambda p, fused: torch.optim.AdamW(p, lr=0.01, fused=fused),
+    "adagrad": lambda p, fused: torch.optim.Adagrad(p, lr=0.01, fused=fused),
+    "sgd": lambda p, fused: torch.optim.SGD(p, lr=0.01, momentum=0.9, fused=fused),
+    "sgd-nesterov": lambda p, fused: torch.optim.SGD(
+        p, lr=0.01, momentum=0.9, nesterov=True, fused=fused
+    ),
+}
+
+
+@pytest.fixture
+def nan_in_fresh_memory() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)  # with it, torch fills what empty_like gives
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nan_in_fresh_memory")
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_optimizer_may_overflow_at_its_very_first_steps(name):
+    torch.manual_seed(0)
+    model = net()
+    reference = copy.deepcopy(model)
+    optimizer = mpgraph.guard(FUSED[name](model.parameters(), True), model)
+    plain = FUSED[name](reference.parameters(), False)
+    for step in range(6):
+        for m, o in ((model, optimizer), (reference, plain)):
+            o.zero_grad()
+            backward(m, inf if step < 2 and m is model else 1.0, seed=step)
+        optimizer.step()
+        assert bool(optimizer.last_step_skipped) == (step < 2)
+        if step >= 2:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                plain.step()
+    for got, one in zip(everything(optimizer), everything(plain), strict=True):
+        torch.testing.assert_close(got, one, rtol=1e-6, atol=1e-7)
 
 
 class CountSyncs:
