@@ -131,7 +131,10 @@ def _problems(node: fx.Node, sources: list[fx.Node], scaled: dict[fx.Node, bool]
 
 
 def promotes(node: fx.Node) -> bool:
-    """Whether the operator takes inputs of several dtypes, and computes in the widest, exactly."""
+    """Whether the operator widens its inputs first, in its backward pass too.
+
+    Then a cast before it changes no bit of its value, nor of its gradients.
+    """
     if not ir.is_operator(node):
         return False
     target = cast(OpOverload, node.target)
@@ -139,11 +142,18 @@ def promotes(node: fx.Node) -> bool:
     return name in _PROMOTING
 
 
-# Element by element: the same bits, whether torch widens an input or a cast before it does.
+# tests/test_gradient_flow.py holds each of them to it.
 _PROMOTING = frozenset(
     {
         *("add", "sub", "rsub", "mul", "div", "true_divide", "where", "maximum", "minimum"),
-        *("fmax", "fmin", "pow", "atan2", "hypot", "lerp", "addcmul", "addcdiv", "copy"),
-        *("remainder", "fmod", "copysign", "xlogy", "logaddexp"),
+        *("fmax", "fmin", "hypot", "remainder", "fmod", "copysign", "xlogy", "logaddexp"),
     }
 )
+# In place, with backward passes that round before they widen: the gradient of ``h * h`` in
+# addcmul_(y, h, h), say, is in fp16.
+OUT_OF_PLACE: dict[Any, OpOverload] = {
+    _aten.addcdiv_.default: _aten.addcdiv.default,
+    _aten.addcmul_.default: _aten.addcmul.default,
+    _aten.atan2_.default: _aten.atan2.default,
+    _aten.pow_.Tensor: _aten.pow.Tensor_Tensor,
+}
