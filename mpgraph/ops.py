@@ -30,15 +30,33 @@ _SCHEMA = "(Tensor x, ScalarType dtype, Tensor scale) -> Tensor"
 _library: Any = cast(Any, torch.library).Library("mpgraph", "DEF")
 
 
+def _on_values(kernel: Kernel) -> Kernel:
+    """``kernel`` for sparse gradients too, such as ``nn.Embedding(sparse=True)`` yields."""
+
+    def run(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
+        if x.layout is not torch.sparse_coo:
+            return kernel(x, dtype, scale)
+        values = kernel(x._values(), dtype, scale)
+        whole = bool(x.is_coalesced())
+        return torch.sparse_coo_tensor(
+            x._indices(), values, x.shape, is_coalesced=whole, check_invariants=False
+        )
+
+    return run
+
+
+@_on_values
 def _cast(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
     return x.to(dtype, copy=True)
 
 
+@_on_values
 def _multiply(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
     # One kernel, in the dtype of x, which is the wider one.
     return torch.mul(x, _beside(x, scale), out=torch.empty_like(x, dtype=dtype))
 
 
+@_on_values
 def _divide(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
     # A scale with one dimension makes torch compute in float32, whatever x is, in one kernel.
     if x.dim() and dtype is torch.float32:
