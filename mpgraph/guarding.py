@@ -161,21 +161,25 @@ class _Guard:
         optimizer.step = types.MethodType(step, optimizer)
         optimizer.register_state_dict_post_hook(self._save)
         optimizer.register_load_state_dict_pre_hook(self._load)
+        if saved := optimizer.param_groups[0].pop(_KEY, None):
+            self._take(saved)
 
-    def scales(self) -> Iterator[CurrentScale]:
+    def scales(self) -> list[CurrentScale]:
         """The models' scales; a model may have been converted again since."""
-        for model in self.models:
-            scale = state_of(model).scale
+        scales = [state_of(model).scale for model in self.models]
+        for scale in scales:
             scale.is_guarded = True
-            yield scale
+        return scales
 
     def step(self, closure: Any = None, **options: Any) -> Any:
         """Step, or do not; then move the scales."""
+        self.scales()  # guarded, before anybody looks
         self.optimizer._opt_called = True  # or schedulers warn about a skipped first step
         if closure is not None:
             return self._step_with_closure(closure, **options)
         gradients = gradients_of(self.optimizer)
         if not gradients:
+            self.optimizer.last_step_skipped = False
             return self.run(**options)
         found = self.find(gradients)
         if _takes_flag(self.optimizer) and not _makes_momentum(self.optimizer):
@@ -226,19 +230,30 @@ class _Guard:
             scale.update(found)
 
     def _save(self, _: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        return {**state, _KEY: {"scales": [scale.value.state_dict() for scale in self.scales()]}}
+        saved = {"scales": [scale.value.state_dict() for scale in self.scales()]}
+        if not saved["scales"]:
+            return {**state, _KEY: saved}
+        # torch drops what else a state holds, but not what a group does: there the scale waits if
+        # the optimizer that loads it is guarded only later.
+        first, *others = state["param_groups"]
+        return {**state, "param_groups": [{**first, _KEY: saved}, *others], _KEY: saved}
 
-    def _load(self, _: Optimizer, state: dict[str, Any]) -> None:
-        saved: Mapping[str, Any] | None = state.get(_KEY)
-        scales = list(self.scales())
-        if saved is None:
-            if scales:
-                warnings.warn(
-                    "mpgraph: this optimizer state was saved without mpgraph.guard, so it holds no "
-                    "loss scale. The scale stays as it is.",
-                    stacklevel=4,
-                )
-            return
+    def _load(self, _: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        groups = [dict(group) for group in state["param_groups"]]
+        in_group = groups[0].pop(_KEY, None) if groups else None
+        saved = state.get(_KEY, in_group)
+        if saved is not None:
+            self._take(saved)
+        elif self.models:
+            warnings.warn(
+                "mpgraph: this optimizer state was saved without mpgraph.guard, so it holds no "
+                "loss scale. The scale stays as it is.",
+                stacklevel=4,
+            )
+        return {**state, "param_groups": groups}
+
+    def _take(self, saved: Mapping[str, Any]) -> None:
+        scales = self.scales()
         if len(saved["scales"]) != len(scales):
             raise PrecisionError(
                 f"the optimizer state holds the loss scales of {len(saved['scales'])} models, and "

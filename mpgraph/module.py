@@ -162,6 +162,12 @@ class State:
         self.scale = CurrentScale(LossScale())
         self._reset()
 
+    def again(self, settings: Settings) -> State:
+        """The state of the same module, converted anew: the loss scale is where it was."""
+        new = State(settings, self.original, self.instance_forward)
+        new.scale = copy.copy(self.scale)
+        return new
+
     def _reset(self) -> None:
         self._by_key: dict[Any, list[Any]] = {}
         self._tree: ModuleTree | None = None
@@ -288,11 +294,11 @@ class State:
             "model's own precision holds. You can remove the region."
         )
 
-    def say(self, message: str) -> None:
+    def say(self, message: str, stacklevel: int = 6) -> None:
         """Warn once per module."""
         if message not in self._said:
             self._said.add(message)
-            warnings.warn(f"mpgraph: {message}", stacklevel=6)
+            warnings.warn(f"mpgraph: {message}", stacklevel=stacklevel)
 
 
 class capturing:

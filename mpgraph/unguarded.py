@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from typing import Any
 
@@ -38,11 +37,11 @@ def say_unguarded(optimizer: Optimizer, *_: Any) -> None:
         elif state_of(model).scale.was_read and shares_parameters(optimizer, model):
             _unguarded.discard(model)
             name = type(model).__name__.removeprefix("MixedPrecision")
-            warnings.warn(
-                f"mpgraph: {name} trains in fp16 without a guard: a gradient that overflows goes "
+            state_of(model).say(
+                f"{name} trains in fp16 without a guard: a gradient that overflows goes "
                 "into its parameters, and the loss scale never moves. After making the optimizer, "
                 "call mpgraph.guard(optimizer, model).",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

@@ -218,6 +218,14 @@ def test_a_step_without_gradients_moves_nothing():
     optimizer.step()
     assert not optimizer.last_step_skipped
     assert state_of(model).scale.value.growth_tracker.item() == 0
+    backward(model, inf)
+    optimizer.step()
+    assert optimizer.last_step_skipped
+    scale = scale_of(model)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert not optimizer.last_step_skipped
+    assert scale_of(model) == scale
 
 
 def test_an_optimizer_of_somebody_elses_is_guarded():
@@ -511,6 +519,40 @@ def test_a_resumed_run_has_the_same_bits(name):
     assert got["scale"].item() != 2.0**10
 
 
+@pytest.mark.parametrize("name", ["adamw-fused", "sgd"])
+def test_an_optimizer_may_be_guarded_after_it_was_loaded(name):
+    model = net()
+    optimizer = mpgraph.guard(OPTIMIZERS[name](model.parameters()), model, scale=8.0)
+    backward(model, inf)
+    optimizer.step()
+    backward(model)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+
+    file.seek(0)
+    resumed = net()
+    plain = OPTIMIZERS[name](resumed.parameters())
+    plain.load_state_dict(torch.load(file, weights_only=True))
+    again = mpgraph.guard(plain, resumed, scale=2.0)
+    got, want = (state_of(m).scale.value.state_dict() for m in (resumed, model))
+    assert got == want
+    assert got["scale"].item() == 4.0
+    for group in (again.param_groups[0], optimizer.param_groups[0]):
+        assert "mpgraph" not in group
+
+
+def test_a_state_is_loaded_whichever_place_holds_the_scale():
+    model = net()
+    optimizer = mpgraph.guard(torch.optim.SGD(model.parameters(), lr=0.1), model, scale=8.0)
+    whole = optimizer.state_dict()
+    bare = {key: whole[key] for key in ("state", "param_groups")}  # as torch's own tools keep it
+    state_of(model).scale.replace(mpgraph.LossScale(init_scale=2.0))
+    optimizer.load_state_dict(bare)
+    assert scale_of(model) == 8.0
+    assert "mpgraph" not in optimizer.param_groups[0]
+    assert "mpgraph" in bare["param_groups"][0]
+
+
 def test_a_checkpoint_without_a_scale_says_so():
     model = net()
     plain = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -578,6 +620,38 @@ def test_forgetting_the_guard_is_said_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_forgetting_the_guard_of_a_copy_is_said_once(copied):
+    model = net()
+    mpgraph.guard(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    twin = copied(model)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    backward(twin)
+    with pytest.warns(UserWarning, match="trains in fp16 without a guard") as said:
+        optimizer.step()
+    assert said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        twin(torch.ones(4)).sum().backward()  # another kind of call is captured
+        optimizer.step()
+
+
+def test_a_model_that_is_converted_again_keeps_its_scale():
+    model = net()
+    optimizer = mpgraph.guard(torch.optim.SGD(model.parameters(), lr=0.1), model, scale=8.0)
+    backward(model, inf)
+    optimizer.step()
+    optimizer.zero_grad()
+    other = mpgraph.convert(model, "fp16", policy="autocast-cpu")
+    mpgraph.convert(model, "fp16", policy="autocast-cpu", inplace=True)
+    assert scale_of(model) == scale_of(other) == 4.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is still guarded
+        backward(model, inf)
+        optimizer.step()
+    assert (scale_of(model), scale_of(other)) == (2.0, 4.0)
 
 
 def test_nothing_is_said_where_nothing_is_forgotten():

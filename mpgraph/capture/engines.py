@@ -22,6 +22,7 @@ from mpgraph.passes import DEFAULT_PASSES
 from mpgraph.pipeline import PassContext, PassReport, run_passes
 from mpgraph.precision import logger
 from mpgraph.structure import Spec, leaf_names, opaque_values
+from mpgraph.unguarded import watch
 
 
 def capture_call(
@@ -32,6 +33,8 @@ def capture_call(
     Raises:
         CaptureError: No engine can carry the call; says why, and what to do.
     """
+    if state.settings.scaled and not state.scale.is_guarded:
+        watch(model)
     context = _context(state)
     names = _names(spec)
     label = _label(model, leaves, names)
