@@ -121,9 +121,13 @@ def _problems(node: fx.Node, sources: list[fx.Node], scaled: dict[fx.Node, bool]
         yield "lowers a value whose gradient is scaled already"
     elif node.target is ops.WIDEN and kinds - {True}:
         yield "widens a value whose gradient is not scaled"
-    elif node.op == "output" and kinds - {False}:
-        names = ", ".join(f"%{source.name}" for source in sources if scaled[source])
-        yield f"returns {names}, whose gradient is scaled"
+    elif node.op == "output":
+        # Between Dynamo's graphs, fp16 stays scaled.
+        crossing = cast(fx.GraphModule, node.graph.owning_module).meta.get("crossing")
+        wrong = [s for s in sources if scaled[s] != bool(crossing and is_half(s))]
+        if wrong:
+            names = ", ".join(f"%{source.name}" for source in wrong)
+            yield f"returns {names}, whose gradient is {'' if scaled[wrong[0]] else 'not '}scaled"
     elif len(kinds) > 1 and (node in scaled or ir.is_mutating(node)):
         yield "takes values with scaled and with true gradients"
     elif node in scaled and is_half(node) and not scaled[node]:

@@ -16,7 +16,7 @@ was changed in place is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -187,17 +187,83 @@ DIRECT: dict[Any, Kernel] = {LOWER: lower, WIDEN: widen}
 
 class _Enter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, writable: bool) -> torch.Tensor:
         _remember(ctx, x, scale)
-        return x.view_as(x)
+        # torch refuses a write to a view that a Function has made.
+        return x.detach() if writable else x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return UNSCALE(gradients[0], ctx.dtype, _recall(ctx)), None
+        return UNSCALE(gradients[0], ctx.dtype, _recall(ctx)), None, None
 
 
-def enter(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """``x`` itself, as a value of the region: for an fp16 tensor that a graph is given."""
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        _remember(ctx, h, scale)
+        return h.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return SCALE(gradients[0].float(), ctx.dtype, _recall(ctx)), None
+
+
+Hooks = list[Mapping[int, Callable[[torch.Tensor], torch.Tensor | None]]]
+
+
+class _Hooked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: torch.Tensor, scale: torch.Tensor, hooks: Hooks) -> torch.Tensor:
+        _remember(ctx, h, scale)
+        ctx.hooks = hooks
+        return h.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        g: torch.Tensor = UNSCALE(gradients[0], torch.float32, _recall(ctx))
+        for hook in [hook for hooks in ctx.hooks for hook in hooks.values()]:
+            changed = hook(g)
+            g = g if changed is None else changed
+        return SCALE(g.float(), ctx.dtype, _recall(ctx)), None, None
+
+
+class _Follow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, h: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        _remember(ctx, h, scale)
+        ctx.mark_dirty(x)
+        ctx.is_view = x._is_view()
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (g,) = gradients
+        # Of a view, torch puts the first gradient into that of the whole.
+        before = torch.zeros_like(g) if ctx.is_view else None
+        return before, SCALE(g.float(), ctx.dtype, _recall(ctx)), None
+
+
+def enter(x: torch.Tensor, scale: torch.Tensor, writable: bool = False) -> torch.Tensor:
+    """``x`` itself, as a value of the region: for an fp16 tensor that a graph is given.
+
+    With ``writable``, the graph may write to it; ``x`` must then :func:`follow`.
+    """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x
-    return cast(torch.Tensor, cast(Any, _Enter).apply(x, scale))
+    return cast(torch.Tensor, cast(Any, _Enter).apply(x, scale, writable))
+
+
+def leave(h: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``h`` itself, outside of the region: its gradient is true, in fp16, so it may vanish."""
+    return cast(torch.Tensor, cast(Any, _Leave).apply(h, scale))
+
+
+def hooked(h: torch.Tensor, scale: torch.Tensor, hooks: Hooks) -> torch.Tensor:
+    """``h`` itself, whose gradient hooks see on its way: true, in fp32."""
+    return cast(torch.Tensor, cast(Any, _Hooked).apply(h, scale, hooks))
+
+
+def follow(x: torch.Tensor, h: torch.Tensor, scale: torch.Tensor) -> None:
+    """After a write to ``h`` in the region, let ``x``, the same memory outside, come from it."""
+    with torch.autograd._unsafe_preserve_version_counter(x):
+        cast(Any, _Follow).apply(x, h, scale)

@@ -35,8 +35,9 @@ def scale_backward(graph: fx.Graph, context: PassContext) -> int:
     of mixed dtypes (``addcmul`` multiplies its factors' gradients in their own dtype), which
     compute with scaled gradients inside copies that let them out (``lower`` and ``widen`` to the
     dtype that they have); and results: what leaves the graph in
-    fp16 leaves in fp32, since a true gradient may be too small for fp16. Values without gradients
-    keep their plain casts. Kept calls (checkpoints, branches) compute with scaled gradients
+    fp16 leaves in fp32, since a true gradient may be too small for fp16 (what one of Dynamo's
+    graphs hands to the next stays as it is: capture/crossing.py). Values without gradients keep
+    their plain casts. Kept calls (checkpoints, branches) compute with scaled gradients
     throughout; bodies are not entered.
     """
     owner = graph.owning_module
@@ -69,7 +70,6 @@ class _Scaler:
         """Have the caller pass an fp16 input through a border of its own, and a scaled copy."""
         if is_half(node) and node in self.carrying:
             node.meta["slot"] = dataclasses.replace(node.meta["slot"], scaled=True)
-            self._scale()
 
     def _scale_cast(self, node: fx.Node) -> None:
         source, dtype = ir.cast_source(node), ir.cast_target(node)
@@ -147,6 +147,8 @@ class _Scaler:
         leaves = returned if isinstance(returned, (list, tuple)) else (returned,)
         owner = self.graph.owning_module
         assert owner is not None
+        if owner.meta.get("crossing"):
+            return
         results = [
             leaf for leaf in leaves[: owner.meta.get("results")] if isinstance(leaf, fx.Node)
         ]

@@ -27,6 +27,7 @@ from mpgraph.capture.paths import label_placeholders
 from mpgraph.errors import CaptureError, PolicyError
 from mpgraph.module import State, capturing
 from mpgraph.pipeline import PassContext, PassReport
+from mpgraph.structure import flatten
 
 
 @dataclasses.dataclass
@@ -118,6 +119,8 @@ class DynamoEngine:
                 self.context.autocast(),
             ):
                 result = self._run(model, args, kwargs)
+            if self.context.scaled:
+                result = call.crossings.finish(result, lambda: _given(model, args, kwargs))
         except Exception as error:
             _forgive(error)
             entry.failed = _mode(model) not in self.modes
@@ -173,6 +176,11 @@ class DynamoEngine:
         run = runner(rewritten(gm, self.context))
         self._live.add(run)
         return run
+
+
+def _given(model: nn.Module, args: Any, kwargs: Any) -> list[Any]:
+    """The tensors of a call that were there before it."""
+    return [*flatten((args, kwargs))[0], *model.parameters(), *model.buffers()]
 
 
 def _forgive(error: Exception) -> None:
