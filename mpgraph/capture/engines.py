@@ -23,6 +23,7 @@ from mpgraph.pipeline import PassContext, PassReport, run_passes
 from mpgraph.precision import logger
 from mpgraph.structure import Spec, leaf_names, opaque_values
 from mpgraph.unguarded import watch
+from mpgraph.verify import verify_scaling
 
 
 def capture_call(
@@ -130,7 +131,10 @@ def _capture_export(
                     captured = capture_export(
                         model, forward, call, context.autocast(), context.device
                     )
-                return captured, run_passes(captured.graph_module, DEFAULT_PASSES, context)
+                reports = run_passes(captured.graph_module, DEFAULT_PASSES, context)
+                if context.scaled:
+                    verify_scaling(captured.graph_module, grad=context.grad)
+                return captured, reports
             except (NeedsDynamo, MPGraphError):
                 raise
             except Exception as error:
