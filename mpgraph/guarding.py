@@ -22,6 +22,7 @@ from mpgraph.unguarded import shares_parameters
 
 O = TypeVar("O", bound=Optimizer)  # noqa: E741
 _KEY = "mpgraph"
+_FLAG = "_step_supports_amp_scaling"
 
 
 def guard(
@@ -145,12 +146,16 @@ class _Guard:
             find_non_finite, max_norm=max_grad_norm, process_group=process_group
         )
         self.run: Callable[..., Any] = optimizer.step
+        self.supports_flag = bool(getattr(optimizer, _FLAG, False))
 
     def install(self) -> None:
         """Put it in the way of ``optimizer.step``, and the scale into its ``state_dict``."""
         optimizer = self.optimizer
         vars(optimizer)[_KEY] = self
         optimizer.last_step_skipped = False
+        # torch.amp.GradScaler calls the step of such an optimizer at once, and is refused at once;
+        # of another one, only once gradients that were scaled twice are finite.
+        setattr(optimizer, _FLAG, True)
 
         @functools.wraps(self.run)
         def step(_: Any, closure: Any = None, **options: Any) -> Any:
@@ -182,13 +187,18 @@ class _Guard:
             self.optimizer.last_step_skipped = False
             return self.run(**options)
         found = self.find(gradients)
-        if _takes_flag(self.optimizer) and not _makes_momentum(self.optimizer):
+        if self._takes_flag() and not _makes_momentum(self.optimizer):
             result = self._step_with_flag(found, **options)
         else:
             skipped = self.optimizer.last_step_skipped = bool(found.item())
             result = None if skipped else self.run(**options)
         self._move_scales(found)
         return result
+
+    def _takes_flag(self) -> bool:
+        """Whether the optimizer's own kernels skip by ``found_inf``, in every group."""
+        groups = self.optimizer.param_groups
+        return self.supports_flag and all(group.get("fused", True) for group in groups)
 
     def _step_with_flag(self, found: torch.Tensor, **options: Any) -> Any:
         """Let the kernel decide, as torch.amp.GradScaler does; gradients need no unscaling."""
@@ -262,13 +272,6 @@ class _Guard:
             )
         for scale, value in zip(scales, saved["scales"], strict=True):
             scale.replace(LossScale.from_state_dict(value, scale.value.scale.device))
-
-
-def _takes_flag(optimizer: Any) -> bool:
-    """Whether the optimizer's own kernels skip by ``found_inf``, in every group."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and all(
-        group.get("fused", True) for group in optimizer.param_groups
-    )
 
 
 def _makes_momentum(optimizer: Any) -> bool:

@@ -671,13 +671,14 @@ def test_nothing_is_said_where_nothing_is_forgotten():
 
 @pytest.mark.parametrize("name", ["adamw-fused", "sgd"])
 @pytest.mark.parametrize("scheduled", [False, True])
-def test_a_grad_scaler_around_a_guard_is_refused(name, scheduled):
+@pytest.mark.parametrize("fill", [1.0, inf])
+def test_a_grad_scaler_around_a_guard_is_refused(name, scheduled, fill):
     model = net()
     optimizer = mpgraph.guard(OPTIMIZERS[name](model.parameters()), model)
     if scheduled:
         torch.optim.lr_scheduler.StepLR(optimizer, 1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    scaler.scale(model(torch.ones(3, 4)).mean() / 8).backward()
+    scaler.scale(model(torch.ones(3, 4)).mean() / 8 * fill).backward()
     with pytest.raises(mpgraph.PrecisionError, match=r"scaled twice.*Leave the scaler out"):
         scaler.step(optimizer)
 
