@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -13,10 +16,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpgraph
 from mpgraph.module import state_of
 
+from . import resume_worker
+
+aten = torch.ops.aten
 inf, nan = float("inf"), float("nan")
 OPTIMIZERS: dict[str, Any] = {
     "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
@@ -164,6 +172,48 @@ def test_nobody_waits_for_a_fused_optimizer_and_others_once(monkeypatch, name, s
     counter = CountSyncs(monkeypatch)
     optimizer.step()
     assert counter.count == syncs
+
+
+class NoSyncs(TorchDispatchMode):
+    """Refuses every operator whose result the host has to wait for."""
+
+    SYNCS = frozenset(
+        {
+            *(aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default),
+            *(aten.nonzero.default, aten.masked_select.default, aten._unique2.default),
+        }
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in self.SYNCS, f"the host waits for {func}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["adamw-fused", "sgd-fused"])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}])
+def test_a_whole_fused_step_makes_nobody_wait(name, options):
+    model = net()
+    optimizer = mpgraph.guard(OPTIMIZERS[name](model.parameters()), model, **options)
+    backward(model)
+    optimizer.step()
+    for fill in (1.0, inf, 1.0):
+        with NoSyncs():
+            optimizer.zero_grad()
+            backward(model, fill)
+            optimizer.step()
+        assert bool(optimizer.last_step_skipped) == (fill == inf)
+
+
+@pytest.mark.parametrize("wait", [Tensor.item, bool, float, Tensor.nonzero])
+def test_a_wait_would_be_noticed(wait, monkeypatch):
+    model = net()
+    optimizer = mpgraph.guard(OPTIMIZERS["adamw-fused"](model.parameters()), model)
+    backward(model)
+    optimizer.step()
+    find = vars(optimizer)["mpgraph"].find
+    monkeypatch.setattr(vars(optimizer)["mpgraph"], "find", lambda g: (wait(f := find(g)), f)[1])
+    with pytest.raises(AssertionError, match="the host waits"), NoSyncs():
+        optimizer.step()
 
 
 def test_one_group_that_is_not_fused_takes_the_other_way():
@@ -517,6 +567,27 @@ def test_a_resumed_run_has_the_same_bits(name):
     got, want = (state_of(m).scale.value.state_dict() for m in (resumed, model))
     assert got == want
     assert got["scale"].item() != 2.0**10
+
+
+@pytest.mark.parametrize(("name", "first"), [("adamw", "guard"), ("sgd", "load")])
+def test_a_run_resumed_in_a_new_process_has_the_same_bits(tmp_path, monkeypatch, name, first):
+    monkeypatch.chdir(tmp_path)
+    resume_worker.main(name, first, "-", "0", "12", "whole.pt")
+    resume_worker.main(name, first, "-", "0", "5", "half.pt")
+    command = [sys.executable, resume_worker.__file__, name, first, "half.pt", "5", "12"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([*command, "resumed.pt"], env=environment, check=True)
+    half, whole, resumed = (
+        torch.load(tmp_path / f"{part}.pt", weights_only=True)
+        for part in ("half", "whole", "resumed")
+    )
+    got, want = (pytree.tree_flatten(saved) for saved in (resumed, whole))
+    assert got[1] == want[1]
+    for one, other in zip(got[0], want[0], strict=True):
+        assert torch.equal(one, other) if isinstance(other, Tensor) else one == other
+    (scale,), (before,) = (s[1]["mpgraph"]["scales"] for s in (whole, half))
+    assert scale["scale"] != before["scale"]
+    assert before["growth_tracker"].item() == 1  # it stopped in the middle of an interval
 
 
 @pytest.mark.parametrize("name", ["adamw-fused", "sgd"])
