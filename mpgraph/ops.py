@@ -265,5 +265,6 @@ def hooked(h: torch.Tensor, scale: torch.Tensor, hooks: Hooks) -> torch.Tensor:
 
 def follow(x: torch.Tensor, h: torch.Tensor, scale: torch.Tensor) -> None:
     """After a write to ``h`` in the region, let ``x``, the same memory outside, come from it."""
-    with torch.autograd._unsafe_preserve_version_counter(x):
+    # The write is counted already; counting another would spoil what its operator has saved.
+    with cast(Any, torch.autograd)._unsafe_preserve_version_counter(x):
         cast(Any, _Follow).apply(x, h, scale)
