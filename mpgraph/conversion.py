@@ -22,7 +22,6 @@ from mpgraph.module import (
 from mpgraph.plain import STATE
 from mpgraph.policy import Policy
 from mpgraph.precision import Precision, allow_tf32, resolve_precision
-from mpgraph.unguarded import watch
 from mpgraph.warn import warn
 
 M = TypeVar("M", bound=nn.Module)
@@ -83,8 +82,6 @@ def convert(
     result = module if inplace else copy_tree(module)
     _change_parameters(result, resolved, masters)
     _change_class(result, settings)
-    if settings.scaled:
-        watch(result)
     if example_inputs is not None:
         _capture(result, example_inputs)
     return cast(M, result)
@@ -202,12 +199,11 @@ def _retyped(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _change_class(model: nn.Module, settings: Settings) -> None:
     if isinstance(model, MixedPrecision):
-        earlier = state_of(model)
-        original, forward = earlier.original, earlier.instance_forward
+        state = state_of(model).again(settings)
     else:
-        original, forward = type(model), vars(model).pop("forward", None)
-    vars(model)[STATE] = State(settings, original, forward)
-    model.__class__ = converted_class(original)
+        state = State(settings, type(model), vars(model).pop("forward", None))
+    vars(model)[STATE] = state
+    model.__class__ = converted_class(state.original)
 
 
 def _capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any]) -> None:

@@ -121,9 +121,13 @@ def _problems(node: fx.Node, sources: list[fx.Node], scaled: dict[fx.Node, bool]
         yield "lowers a value whose gradient is scaled already"
     elif node.target is ops.WIDEN and kinds - {True}:
         yield "widens a value whose gradient is not scaled"
-    elif node.op == "output" and kinds - {False}:
-        names = ", ".join(f"%{source.name}" for source in sources if scaled[source])
-        yield f"returns {names}, whose gradient is scaled"
+    elif node.op == "output":
+        # Between Dynamo's graphs, fp16 stays scaled.
+        crossing = cast(fx.GraphModule, node.graph.owning_module).meta.get("crossing")
+        wrong = [s for s in sources if scaled[s] != bool(crossing and is_half(s))]
+        if wrong:
+            names = ", ".join(f"%{source.name}" for source in wrong)
+            yield f"returns {names}, whose gradient is {'' if scaled[wrong[0]] else 'not '}scaled"
     elif len(kinds) > 1 and (node in scaled or ir.is_mutating(node)):
         yield "takes values with scaled and with true gradients"
     elif node in scaled and is_half(node) and not scaled[node]:
@@ -131,7 +135,10 @@ def _problems(node: fx.Node, sources: list[fx.Node], scaled: dict[fx.Node, bool]
 
 
 def promotes(node: fx.Node) -> bool:
-    """Whether the operator takes inputs of several dtypes, and computes in the widest, exactly."""
+    """Whether the operator widens its inputs first, in its backward pass too.
+
+    Then a cast before it changes no bit of its value, nor of its gradients.
+    """
     if not ir.is_operator(node):
         return False
     target = cast(OpOverload, node.target)
@@ -139,11 +146,18 @@ def promotes(node: fx.Node) -> bool:
     return name in _PROMOTING
 
 
-# Element by element: the same bits, whether torch widens an input or a cast before it does.
+# tests/test_gradient_flow.py holds each of them to it.
 _PROMOTING = frozenset(
     {
         *("add", "sub", "rsub", "mul", "div", "true_divide", "where", "maximum", "minimum"),
-        *("fmax", "fmin", "pow", "atan2", "hypot", "lerp", "addcmul", "addcdiv", "copy"),
-        *("remainder", "fmod", "copysign", "xlogy", "logaddexp"),
+        *("fmax", "fmin", "hypot", "remainder", "fmod", "copysign", "xlogy", "logaddexp"),
     }
 )
+# In place, with backward passes that round before they widen: the gradient of ``h * h`` in
+# addcmul_(y, h, h), say, is in fp16.
+OUT_OF_PLACE: dict[Any, OpOverload] = {
+    _aten.addcdiv_.default: _aten.addcdiv.default,
+    _aten.addcmul_.default: _aten.addcmul.default,
+    _aten.atan2_.default: _aten.atan2.default,
+    _aten.pow_.Tensor: _aten.pow.Tensor_Tensor,
+}

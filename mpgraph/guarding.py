@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ from mpgraph.warn import warn
 
 O = TypeVar("O", bound=Optimizer)  # noqa: E741
 _KEY = "mpgraph"
+_FLAG = "_step_supports_amp_scaling"
 
 
 def guard(
@@ -132,12 +133,16 @@ class _Guard:
             find_non_finite, max_norm=max_grad_norm, process_group=process_group
         )
         self.run: Callable[..., Any] = optimizer.step
+        self.supports_flag = bool(getattr(optimizer, _FLAG, False))
 
     def install(self) -> None:
         """Put it in the way of ``optimizer.step``, and the scale into its ``state_dict``."""
         optimizer = self.optimizer
         vars(optimizer)[_KEY] = self
         optimizer.last_step_skipped = False
+        # torch.amp.GradScaler calls the step of such an optimizer at once, and is refused at once;
+        # of another one, only once gradients that were scaled twice are finite.
+        setattr(optimizer, _FLAG, True)
 
         @functools.wraps(self.run)
         def step(_: Any, closure: Any = None, **options: Any) -> Any:
@@ -148,30 +153,39 @@ class _Guard:
         optimizer.step = types.MethodType(step, optimizer)
         optimizer.register_state_dict_post_hook(self._save)
         optimizer.register_load_state_dict_pre_hook(self._load)
+        if saved := optimizer.param_groups[0].pop(_KEY, None):
+            self._take(saved)
 
-    def scales(self) -> Iterator[CurrentScale]:
+    def scales(self) -> list[CurrentScale]:
         """The models' scales; a model may have been converted again since."""
-        for model in self.models:
-            scale = state_of(model).scale
+        scales = [state_of(model).scale for model in self.models]
+        for scale in scales:
             scale.is_guarded = True
-            yield scale
+        return scales
 
     def step(self, closure: Any = None, **options: Any) -> Any:
         """Step, or do not; then move the scales."""
+        self.scales()  # guarded, before anybody looks
         self.optimizer._opt_called = True  # or schedulers warn about a skipped first step
         if closure is not None:
             return self._step_with_closure(closure, **options)
         gradients = gradients_of(self.optimizer)
         if not gradients:
+            self.optimizer.last_step_skipped = False
             return self.run(**options)
         found = self.find(gradients)
-        if _takes_flag(self.optimizer):
+        if self._takes_flag() and not _makes_momentum(self.optimizer):
             result = self._step_with_flag(found, **options)
         else:
             skipped = self.optimizer.last_step_skipped = bool(found.item())
             result = None if skipped else self.run(**options)
         self._move_scales(found)
         return result
+
+    def _takes_flag(self) -> bool:
+        """Whether the optimizer's own kernels skip by ``found_inf``, in every group."""
+        groups = self.optimizer.param_groups
+        return self.supports_flag and all(group.get("fused", True) for group in groups)
 
     def _step_with_flag(self, found: torch.Tensor, **options: Any) -> Any:
         """Let the kernel decide, as torch.amp.GradScaler does; gradients need no unscaling."""
@@ -213,18 +227,29 @@ class _Guard:
             scale.update(found)
 
     def _save(self, _: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        return {**state, _KEY: {"scales": [scale.value.state_dict() for scale in self.scales()]}}
+        saved = {"scales": [scale.value.state_dict() for scale in self.scales()]}
+        if not saved["scales"]:
+            return {**state, _KEY: saved}
+        # torch drops what else a state holds, but not what a group does: there the scale waits if
+        # the optimizer that loads it is guarded only later.
+        first, *others = state["param_groups"]
+        return {**state, "param_groups": [{**first, _KEY: saved}, *others], _KEY: saved}
 
-    def _load(self, _: Optimizer, state: dict[str, Any]) -> None:
-        saved: Mapping[str, Any] | None = state.get(_KEY)
-        scales = list(self.scales())
-        if saved is None:
-            if scales:
-                warn(
-                    "this optimizer state was saved without mpgraph.guard, so it holds no "
-                    "loss scale. The scale stays as it is."
-                )
-            return
+    def _load(self, _: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        groups = [dict(group) for group in state["param_groups"]]
+        in_group = groups[0].pop(_KEY, None) if groups else None
+        saved = state.get(_KEY, in_group)
+        if saved is not None:
+            self._take(saved)
+        elif self.models:
+            warn(
+                "this optimizer state was saved without mpgraph.guard, so it holds no "
+                "loss scale. The scale stays as it is."
+            )
+        return {**state, "param_groups": groups}
+
+    def _take(self, saved: Mapping[str, Any]) -> None:
+        scales = self.scales()
         if len(saved["scales"]) != len(scales):
             raise PrecisionError(
                 f"the optimizer state holds the loss scales of {len(saved['scales'])} models, and "
@@ -235,10 +260,18 @@ class _Guard:
             scale.replace(LossScale.from_state_dict(value, scale.value.scale.device))
 
 
-def _takes_flag(optimizer: Any) -> bool:
-    """Whether the optimizer's own kernels skip by ``found_inf``, in every group."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and all(
-        group.get("fused", True) for group in optimizer.param_groups
+def _makes_momentum(optimizer: Any) -> bool:
+    """Whether this step makes momentum buffers of a fused SGD.
+
+    It makes them without values, and its kernel leaves them so where it skips. The state of other
+    fused optimizers starts with values.
+    """
+    return isinstance(optimizer, torch.optim.SGD) and any(
+        group["momentum"] != 0
+        and p.grad is not None
+        and optimizer.state.get(p, {}).get("momentum_buffer") is None
+        for group in optimizer.param_groups
+        for p in group["params"]
     )
 
 

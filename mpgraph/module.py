@@ -166,6 +166,12 @@ class State:
         self.scale = CurrentScale(LossScale())
         self._reset()
 
+    def again(self, settings: Settings) -> State:
+        """The state of the same module, converted anew: the loss scale is where it was."""
+        new = State(settings, self.original, self.instance_forward)
+        new.scale = copy.copy(self.scale)
+        return new
+
     def _reset(self) -> None:
         self._by_key: dict[Any, list[Any]] = {}
         self._tree: ModuleTree | None = None

@@ -16,7 +16,7 @@ was changed in place is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -30,15 +30,33 @@ _SCHEMA = "(Tensor x, ScalarType dtype, Tensor scale) -> Tensor"
 _library: Any = cast(Any, torch.library).Library("mpgraph", "DEF")
 
 
+def _on_values(kernel: Kernel) -> Kernel:
+    """``kernel`` for sparse gradients too, such as ``nn.Embedding(sparse=True)`` yields."""
+
+    def run(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
+        if x.layout is not torch.sparse_coo:
+            return kernel(x, dtype, scale)
+        values = kernel(x._values(), dtype, scale)
+        whole = bool(x.is_coalesced())
+        return torch.sparse_coo_tensor(
+            x._indices(), values, x.shape, is_coalesced=whole, check_invariants=False
+        )
+
+    return run
+
+
+@_on_values
 def _cast(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
     return x.to(dtype, copy=True)
 
 
+@_on_values
 def _multiply(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
     # One kernel, in the dtype of x, which is the wider one.
     return torch.mul(x, _beside(x, scale), out=torch.empty_like(x, dtype=dtype))
 
 
+@_on_values
 def _divide(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
     # A scale with one dimension makes torch compute in float32, whatever x is, in one kernel.
     if x.dim() and dtype is torch.float32:
@@ -169,17 +187,84 @@ DIRECT: dict[Any, Kernel] = {LOWER: lower, WIDEN: widen}
 
 class _Enter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, writable: bool) -> torch.Tensor:
         _remember(ctx, x, scale)
-        return x.view_as(x)
+        # torch refuses a write to a view that a Function has made.
+        return x.detach() if writable else x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return UNSCALE(gradients[0], ctx.dtype, _recall(ctx)), None
+        return UNSCALE(gradients[0], ctx.dtype, _recall(ctx)), None, None
 
 
-def enter(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """``x`` itself, as a value of the region: for an fp16 tensor that a graph is given."""
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        _remember(ctx, h, scale)
+        return h.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return SCALE(gradients[0].float(), ctx.dtype, _recall(ctx)), None
+
+
+Hooks = list[Mapping[int, Callable[[torch.Tensor], torch.Tensor | None]]]
+
+
+class _Hooked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: torch.Tensor, scale: torch.Tensor, hooks: Hooks) -> torch.Tensor:
+        _remember(ctx, h, scale)
+        ctx.hooks = hooks
+        return h.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        g: torch.Tensor = UNSCALE(gradients[0], torch.float32, _recall(ctx))
+        for hook in [hook for hooks in ctx.hooks for hook in hooks.values()]:
+            changed = hook(g)
+            g = g if changed is None else changed
+        return SCALE(g.float(), ctx.dtype, _recall(ctx)), None, None
+
+
+class _Follow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, h: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        _remember(ctx, h, scale)
+        ctx.mark_dirty(x)
+        ctx.is_view = x._is_view()
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (g,) = gradients
+        # Of a view, torch puts the first gradient into that of the whole.
+        before = torch.zeros_like(g) if ctx.is_view else None
+        return before, SCALE(g.float(), ctx.dtype, _recall(ctx)), None
+
+
+def enter(x: torch.Tensor, scale: torch.Tensor, writable: bool = False) -> torch.Tensor:
+    """``x`` itself, as a value of the region: for an fp16 tensor that a graph is given.
+
+    With ``writable``, the graph may write to it; ``x`` must then :func:`follow`.
+    """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x
-    return cast(torch.Tensor, cast(Any, _Enter).apply(x, scale))
+    return cast(torch.Tensor, cast(Any, _Enter).apply(x, scale, writable))
+
+
+def leave(h: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``h`` itself, outside of the region: its gradient is true, in fp16, so it may vanish."""
+    return cast(torch.Tensor, cast(Any, _Leave).apply(h, scale))
+
+
+def hooked(h: torch.Tensor, scale: torch.Tensor, hooks: Hooks) -> torch.Tensor:
+    """``h`` itself, whose gradient hooks see on its way: true, in fp32."""
+    return cast(torch.Tensor, cast(Any, _Hooked).apply(h, scale, hooks))
+
+
+def follow(x: torch.Tensor, h: torch.Tensor, scale: torch.Tensor) -> None:
+    """After a write to ``h`` in the region, let ``x``, the same memory outside, come from it."""
+    # The write is counted already; counting another would spoil what its operator has saved.
+    with cast(Any, torch.autograd)._unsafe_preserve_version_counter(x):
+        cast(Any, _Follow).apply(x, h, scale)

@@ -37,8 +37,19 @@ def verify(
             for problem in _problems(body.graph, node, decided):
                 raise VerificationError(_message(node, problem, after))
     if scaled is not None:
-        for node, problem in broken_borders(gm.graph, scaled):
-            raise VerificationError(_message(node, problem, after))
+        verify_scaling(gm, grad=scaled, after=after)
+
+
+def verify_scaling(gm: fx.GraphModule, *, grad: bool, after: str = "") -> None:
+    """Check that no scaled gradient meets a true one: such a model would train, on wrong numbers.
+
+    This runs at every fp16 capture; the other checks, around every pass, in tests alone.
+
+    Raises:
+        VerificationError: Names the node, what meets there, and the user's line.
+    """
+    for node, problem in broken_borders(gm.graph, grad):
+        raise VerificationError(_message(node, problem, after))
 
 
 def _problems(graph: fx.Graph, node: fx.Node, decided: bool) -> Iterator[str]:

@@ -11,9 +11,18 @@ from torch import fx
 from mpgraph import ir, ops
 from mpgraph.capture.captured import Slot
 from mpgraph.capture.kept import KEPT_FUNCTION, KEPT_HOOK
-from mpgraph.gradient_flow import carrying, dtypes, is_floating, is_half, promotes
+from mpgraph.gradient_flow import (
+    OUT_OF_PLACE,
+    carrying,
+    dtypes,
+    is_floating,
+    is_half,
+    promotes,
+)
 from mpgraph.infer import fake_mode_of
 from mpgraph.pipeline import PassContext, graph_pass
+
+_COPY = torch.ops.aten.copy_.default
 
 
 @graph_pass(numerics="exact", whole=True)
@@ -23,10 +32,12 @@ def scale_backward(graph: fx.Graph, context: PassContext) -> int:
     After it, the gradient of a value is scaled if and only if the value is in fp16. So every
     place counts at which gradients pass from one kind to the other: casts, the model's own too;
     ``add(h: fp16, x: fp32)``, which widens ``h`` itself and now gets ``widen(h)``; other operators
-    of mixed dtypes, which compute with scaled gradients inside copies that let them out
-    (``lower`` and ``widen`` to the dtype that they have); and results: what leaves the graph in
-    fp16 leaves in fp32, since a true gradient may be too small for fp16. Values without gradients
-    keep their plain casts. Kept calls (checkpoints, branches) compute with scaled gradients
+    of mixed dtypes (``addcmul`` multiplies its factors' gradients in their own dtype), which
+    compute with scaled gradients inside copies that let them out (``lower`` and ``widen`` to the
+    dtype that they have); and results: what leaves the graph in
+    fp16 leaves in fp32, since a true gradient may be too small for fp16 (what one of Dynamo's
+    graphs hands to the next stays as it is: capture/crossing.py). Values without gradients keep
+    their plain casts. Kept calls (checkpoints, branches) compute with scaled gradients
     throughout; bodies are not entered.
     """
     owner = graph.owning_module
@@ -59,7 +70,6 @@ class _Scaler:
         """Have the caller pass an fp16 input through a border of its own, and a scaled copy."""
         if is_half(node) and node in self.carrying:
             node.meta["slot"] = dataclasses.replace(node.meta["slot"], scaled=True)
-            self._scale()
 
     def _scale_cast(self, node: fx.Node) -> None:
         source, dtype = ir.cast_source(node), ir.cast_target(node)
@@ -78,7 +88,11 @@ class _Scaler:
             self._show_true_gradients(node, sources)
         elif not self._touches_half(node, sources):
             return
-        elif torch.float16 not in dtypes(node) and (promotes(node) or ir.is_mutating(node)):
+        elif torch.float16 in dtypes(node):
+            self._surround(node, sources)
+        elif node.target in OUT_OF_PLACE:
+            self._surround(self._computed_first(node), sources)
+        elif promotes(node) or ir.is_mutating(node):
             for source in filter(is_half, sources):
                 node.replace_input_with(
                     source, self._before(node, source, ops.WIDEN, torch.float32)
@@ -104,6 +118,21 @@ class _Scaler:
             if is_floating(result) and dtype is not None and dtype is not torch.float16:
                 self._after(result, ops.WIDEN, dtype)
 
+    def _computed_first(self, node: fx.Node) -> fx.Node:
+        """Rewrite ``y.addcmul_(h, k)`` to ``y.copy_(addcmul(y, h, k))``; return the new node."""
+        name = node.name.rstrip("_0123456789")
+        with self.graph.inserting_before(node):
+            new = self.graph.create_node(
+                "call_function", OUT_OF_PLACE[node.target], node.args, node.kwargs, name
+            )
+        new.meta = dict(node.meta)
+        with torch.no_grad():  # values with memory of their own
+            new.meta.update((key, node.meta[key].clone()) for key in ("val", "captured"))
+        node.target, node.args, node.kwargs = _COPY, (node.args[0], new), {}
+        self.carrying.add(new)
+        self.edits += 1
+        return new
+
     def _show_true_gradients(self, node: fx.Node, sources: list[fx.Node]) -> None:
         """Rewrite ``hook(h)`` to ``lower(hook(widen(h)))``: the user's hook sees no scale."""
         value = cast(fx.Node, node.args[0])
@@ -118,6 +147,8 @@ class _Scaler:
         leaves = returned if isinstance(returned, (list, tuple)) else (returned,)
         owner = self.graph.owning_module
         assert owner is not None
+        if owner.meta.get("crossing"):
+            return
         results = [
             leaf for leaf in leaves[: owner.meta.get("results")] if isinstance(leaf, fx.Node)
         ]

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpgraph
 from mpgraph.module import state_of
 
+from . import resume_worker
+
+aten = torch.ops.aten
 inf, nan = float("inf"), float("nan")
 OPTIMIZERS: dict[str, Any] = {
     "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
@@ -96,6 +105,46 @@ def test_guarded_steps_are_the_optimizers_own(name):
     assert_equal(everything(optimizer), everything(plain))
 
 
+FUSED: dict[str, Any] = {
+    "adam": lambda p, fused: torch.optim.Adam(p, lr=0.01, amsgrad=True, fused=fused),
+    "adamw": lambda p, fused: torch.optim.AdamW(p, lr=0.01, fused=fused),
+    "adagrad": lambda p, fused: torch.optim.Adagrad(p, lr=0.01, fused=fused),
+    "sgd": lambda p, fused: torch.optim.SGD(p, lr=0.01, momentum=0.9, fused=fused),
+    "sgd-nesterov": lambda p, fused: torch.optim.SGD(
+        p, lr=0.01, momentum=0.9, nesterov=True, fused=fused
+    ),
+}
+
+
+@pytest.fixture
+def nan_in_fresh_memory() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)  # with it, torch fills what empty_like gives
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nan_in_fresh_memory")
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_optimizer_may_overflow_at_its_very_first_steps(name):
+    torch.manual_seed(0)
+    model = net()
+    reference = copy.deepcopy(model)
+    optimizer = mpgraph.guard(FUSED[name](model.parameters(), True), model)
+    plain = FUSED[name](reference.parameters(), False)
+    for step in range(6):
+        for m, o in ((model, optimizer), (reference, plain)):
+            o.zero_grad()
+            backward(m, inf if step < 2 and m is model else 1.0, seed=step)
+        optimizer.step()
+        assert bool(optimizer.last_step_skipped) == (step < 2)
+        if step >= 2:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                plain.step()
+    for got, one in zip(everything(optimizer), everything(plain), strict=True):
+        torch.testing.assert_close(got, one, rtol=1e-6, atol=1e-7)
+
+
 class CountSyncs:
     """Counts how often a value is asked for."""
 
@@ -123,6 +172,48 @@ def test_nobody_waits_for_a_fused_optimizer_and_others_once(monkeypatch, name, s
     counter = CountSyncs(monkeypatch)
     optimizer.step()
     assert counter.count == syncs
+
+
+class NoSyncs(TorchDispatchMode):
+    """Refuses every operator whose result the host has to wait for."""
+
+    SYNCS = frozenset(
+        {
+            *(aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default),
+            *(aten.nonzero.default, aten.masked_select.default, aten._unique2.default),
+        }
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in self.SYNCS, f"the host waits for {func}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["adamw-fused", "sgd-fused"])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}])
+def test_a_whole_fused_step_makes_nobody_wait(name, options):
+    model = net()
+    optimizer = mpgraph.guard(OPTIMIZERS[name](model.parameters()), model, **options)
+    backward(model)
+    optimizer.step()
+    for fill in (1.0, inf, 1.0):
+        with NoSyncs():
+            optimizer.zero_grad()
+            backward(model, fill)
+            optimizer.step()
+        assert bool(optimizer.last_step_skipped) == (fill == inf)
+
+
+@pytest.mark.parametrize("wait", [Tensor.item, bool, float, Tensor.nonzero])
+def test_a_wait_would_be_noticed(wait, monkeypatch):
+    model = net()
+    optimizer = mpgraph.guard(OPTIMIZERS["adamw-fused"](model.parameters()), model)
+    backward(model)
+    optimizer.step()
+    find = vars(optimizer)["mpgraph"].find
+    monkeypatch.setattr(vars(optimizer)["mpgraph"], "find", lambda g: (wait(f := find(g)), f)[1])
+    with pytest.raises(AssertionError, match="the host waits"), NoSyncs():
+        optimizer.step()
 
 
 def test_one_group_that_is_not_fused_takes_the_other_way():
@@ -177,6 +268,14 @@ def test_a_step_without_gradients_moves_nothing():
     optimizer.step()
     assert not optimizer.last_step_skipped
     assert state_of(model).scale.value.growth_tracker.item() == 0
+    backward(model, inf)
+    optimizer.step()
+    assert optimizer.last_step_skipped
+    scale = scale_of(model)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert not optimizer.last_step_skipped
+    assert scale_of(model) == scale
 
 
 def test_an_optimizer_of_somebody_elses_is_guarded():
@@ -470,6 +569,61 @@ def test_a_resumed_run_has_the_same_bits(name):
     assert got["scale"].item() != 2.0**10
 
 
+@pytest.mark.parametrize(("name", "first"), [("adamw", "guard"), ("sgd", "load")])
+def test_a_run_resumed_in_a_new_process_has_the_same_bits(tmp_path, monkeypatch, name, first):
+    monkeypatch.chdir(tmp_path)
+    resume_worker.main(name, first, "-", "0", "12", "whole.pt")
+    resume_worker.main(name, first, "-", "0", "5", "half.pt")
+    command = [sys.executable, resume_worker.__file__, name, first, "half.pt", "5", "12"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([*command, "resumed.pt"], env=environment, check=True)
+    half, whole, resumed = (
+        torch.load(tmp_path / f"{part}.pt", weights_only=True)
+        for part in ("half", "whole", "resumed")
+    )
+    got, want = (pytree.tree_flatten(saved) for saved in (resumed, whole))
+    assert got[1] == want[1]
+    for one, other in zip(got[0], want[0], strict=True):
+        assert torch.equal(one, other) if isinstance(other, Tensor) else one == other
+    (scale,), (before,) = (s[1]["mpgraph"]["scales"] for s in (whole, half))
+    assert scale["scale"] != before["scale"]
+    assert before["growth_tracker"].item() == 1  # it stopped in the middle of an interval
+
+
+@pytest.mark.parametrize("name", ["adamw-fused", "sgd"])
+def test_an_optimizer_may_be_guarded_after_it_was_loaded(name):
+    model = net()
+    optimizer = mpgraph.guard(OPTIMIZERS[name](model.parameters()), model, scale=8.0)
+    backward(model, inf)
+    optimizer.step()
+    backward(model)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+
+    file.seek(0)
+    resumed = net()
+    plain = OPTIMIZERS[name](resumed.parameters())
+    plain.load_state_dict(torch.load(file, weights_only=True))
+    again = mpgraph.guard(plain, resumed, scale=2.0)
+    got, want = (state_of(m).scale.value.state_dict() for m in (resumed, model))
+    assert got == want
+    assert got["scale"].item() == 4.0
+    for group in (again.param_groups[0], optimizer.param_groups[0]):
+        assert "mpgraph" not in group
+
+
+def test_a_state_is_loaded_whichever_place_holds_the_scale():
+    model = net()
+    optimizer = mpgraph.guard(torch.optim.SGD(model.parameters(), lr=0.1), model, scale=8.0)
+    whole = optimizer.state_dict()
+    bare = {key: whole[key] for key in ("state", "param_groups")}  # as torch's own tools keep it
+    state_of(model).scale.replace(mpgraph.LossScale(init_scale=2.0))
+    optimizer.load_state_dict(bare)
+    assert scale_of(model) == 8.0
+    assert "mpgraph" not in optimizer.param_groups[0]
+    assert "mpgraph" in bare["param_groups"][0]
+
+
 def test_a_checkpoint_without_a_scale_says_so():
     model = net()
     plain = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -539,6 +693,38 @@ def test_forgetting_the_guard_is_said_once():
         optimizer.step()
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_forgetting_the_guard_of_a_copy_is_said_once(copied):
+    model = net()
+    mpgraph.guard(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    twin = copied(model)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    backward(twin)
+    with pytest.warns(UserWarning, match="trains in fp16 without a guard") as said:
+        optimizer.step()
+    assert said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        twin(torch.ones(4)).sum().backward()  # another kind of call is captured
+        optimizer.step()
+
+
+def test_a_model_that_is_converted_again_keeps_its_scale():
+    model = net()
+    optimizer = mpgraph.guard(torch.optim.SGD(model.parameters(), lr=0.1), model, scale=8.0)
+    backward(model, inf)
+    optimizer.step()
+    optimizer.zero_grad()
+    other = mpgraph.convert(model, "fp16", policy="autocast-cpu")
+    mpgraph.convert(model, "fp16", policy="autocast-cpu", inplace=True)
+    assert scale_of(model) == scale_of(other) == 4.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is still guarded
+        backward(model, inf)
+        optimizer.step()
+    assert (scale_of(model), scale_of(other)) == (2.0, 4.0)
+
+
 def test_nothing_is_said_where_nothing_is_forgotten():
     original = nn.Linear(4, 2)
     model = mpgraph.convert(original, "fp16")
@@ -556,13 +742,14 @@ def test_nothing_is_said_where_nothing_is_forgotten():
 
 @pytest.mark.parametrize("name", ["adamw-fused", "sgd"])
 @pytest.mark.parametrize("scheduled", [False, True])
-def test_a_grad_scaler_around_a_guard_is_refused(name, scheduled):
+@pytest.mark.parametrize("fill", [1.0, inf])
+def test_a_grad_scaler_around_a_guard_is_refused(name, scheduled, fill):
     model = net()
     optimizer = mpgraph.guard(OPTIMIZERS[name](model.parameters()), model)
     if scheduled:
         torch.optim.lr_scheduler.StepLR(optimizer, 1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    scaler.scale(model(torch.ones(3, 4)).mean() / 8).backward()
+    scaler.scale(model(torch.ones(3, 4)).mean() / 8 * fill).backward()
     with pytest.raises(mpgraph.PrecisionError, match=r"scaled twice.*Leave the scaler out"):
         scaler.step(optimizer)
 

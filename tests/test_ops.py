@@ -230,3 +230,40 @@ def test_without_gradients_nothing_is_recorded():
         assert not ops.LOWER(torch.ones(2, requires_grad=True), f16, s).requires_grad
     with torch.inference_mode():
         assert ops.LOWER(torch.ones(2), f16, s).dtype is f16
+
+
+# --- Sparse gradients ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=str)
+@pytest.mark.parametrize("target", [f16, f32])
+@pytest.mark.parametrize("whole", [True, False])
+def test_of_a_sparse_tensor_the_values_are_cast(operator, target, whole):
+    indices = torch.tensor([[1, 3]] if whole else [[1, 1]])
+    values = torch.tensor([[0.5, -3.0], [2.0, 1.0]], dtype=f16)
+    x = torch.sparse_coo_tensor(indices, values, (5, 2), is_coalesced=whole, check_invariants=True)
+    scale = torch.tensor(2.0**17)
+    y = operator(x, target, scale)
+    assert y.is_coalesced() == whole
+    assert torch.equal(y._indices(), indices)
+    assert_bits(y._values(), operator(values, target, scale))
+
+
+def look_up(table, index, s):
+    rows = torch.nn.functional.embedding(index, ops.LOWER(table, f16, s), sparse=True)
+    return ops.WIDEN(rows.sin(), f32, s).sum()
+
+
+@pytest.mark.parametrize("dtype", [f16, f32])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_embedding_may_have_sparse_gradients(compiled, dtype):
+    torch.manual_seed(0)
+    table = torch.randn(5, 4).to(dtype).requires_grad_()
+    index, s = torch.tensor([1, 3, 1]), torch.tensor(2.0**10)
+    run = torch.compile(look_up, fullgraph=True, backend="aot_eager") if compiled else look_up
+    run(table, index, s).backward()
+    assert table.grad.is_sparse
+    assert table.grad.dtype is dtype
+    exact = table.detach().double().requires_grad_()
+    exact[index].sin().sum().backward()
+    torch.testing.assert_close(table.grad.to_dense().double(), exact.grad, rtol=1e-2, atol=1e-2)

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mpgraph import ir
+import mpgraph
+from mpgraph import ir, pipeline
+from mpgraph.capture import engines, lower
 from mpgraph.errors import MPGraphError, VerificationError
 from mpgraph.infer import run_on_values
 from mpgraph.op_table import Rule
@@ -160,3 +162,15 @@ def test_a_factory_of_a_symbolic_size_is_checked_too():
     exported = torch.export.export(Growing(), (torch.ones(4, 3),), dynamic_shapes=({0: batch},))
     (zeros,) = [n for n in exported.graph.nodes if "zeros" in str(n.target)]
     assert run_on_values(zeros).dtype is torch.float32
+
+
+@pytest.mark.parametrize("capture", ["export", "dynamo"])
+def test_every_fp16_capture_is_checked_for_scaled_gradients(monkeypatch, capture):
+    monkeypatch.setattr(pipeline, "checks", [])  # as in production
+    for module, name in ((engines, "DEFAULT_PASSES"), (lower, "PASSES")):
+        passes = tuple(p for p in getattr(module, name) if p.name != "scale_backward")
+        monkeypatch.setattr(module, name, passes)
+    model = mpgraph.convert(torch.nn.Linear(4, 2), "fp16", capture=capture)
+    with pytest.raises(VerificationError, match=r"node %\w+ .*gradient is not scaled"):
+        model(torch.ones(3, 4))
+    mpgraph.convert(torch.nn.Linear(4, 2), "bf16", capture=capture)(torch.ones(3, 4))

@@ -12,14 +12,15 @@ import torch
 from torch import fx
 from torch._guards import tracing
 
+from mpgraph import ir
 from mpgraph.capture.ambient import Ambient, ambient_now
 from mpgraph.capture.breaks import Break, breaks_inside
 from mpgraph.capture.captured import Slot, slots_of
+from mpgraph.capture.crossing import Crossings
 from mpgraph.capture.keep import CannotLower
 from mpgraph.capture.lower import Graphs, lower
 from mpgraph.direct_calls import directly
 from mpgraph.loss_scale import CurrentScale
-from mpgraph.ops import enter
 from mpgraph.pipeline import NeedsStaticShapes, PassContext
 from mpgraph.precision import logger
 from mpgraph.weights import WeightCopies
@@ -65,6 +66,7 @@ class Call:
     def __init__(self, weights: WeightCopies, scale: CurrentScale) -> None:
         self.copies = CallCopies(weights)
         self._scale = scale
+        self.crossings = Crossings(lambda: self.scale)
         self.ran: dict[int, CompiledGraph] = {}
 
     @functools.cached_property
@@ -83,6 +85,7 @@ calls = _Calls()
 def rewritten(gm: fx.GraphModule, context: PassContext) -> CompiledGraph:
     """The rewritten graph, or, where that cannot be, Dynamo's own under ``torch.autocast``."""
     ambient = ambient_now(context)
+    gm.meta["crossing"] = True
     try:
         # Dynamo keeps a second fake mode at hand for backends; its own values are of the first.
         with tracing(None), torch.autocast(context.device, enabled=False):
@@ -113,17 +116,33 @@ def _runner(gm: fx.GraphModule, context: PassContext) -> Callable[..., Any]:
     slots = slots_of(gm)
     run = directly(gm)
     device = context.device
+    writes = _writes_to_halves(gm)
 
     def run_graph(*values: Any) -> Any:
         call = _current()
         before = torch.is_grad_enabled()
         try:
             with torch.autocast(device, enabled=False):
-                return run(*[_value(slot, values, call) for slot in slots])
+                taken = [_value(slot, values, call) for slot in slots]
+                if writes:
+                    call.crossings.settle()
+                results = run(*taken)
         finally:
             torch._C._set_grad_enabled(before)
+        if not context.scaled:
+            return results
+        if writes:
+            call.crossings.follow()
+        return tuple([call.crossings.outer(result) for result in results])
 
     return run_graph
+
+
+def _writes_to_halves(gm: fx.GraphModule) -> bool:
+    """Whether a graph writes to an fp16 tensor that it is given, with a gradient to come."""
+    writes = ir.Writes(gm.graph)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return any(node.meta["slot"].scaled and writes.anywhere(node) for node in placeholders)
 
 
 def _value(slot: Slot, values: Sequence[Any], call: Call) -> Any:
@@ -132,7 +151,7 @@ def _value(slot: Slot, values: Sequence[Any], call: Call) -> Any:
     value = values[slot.index]
     if slot.dtype is not None:
         return call.copies.get(value, slot.dtype, call.scale if slot.scaled else None)
-    return enter(value, call.scale) if slot.scaled else value
+    return call.crossings.inner(value) if slot.scaled else value
 
 
 def runner(compiled: CompiledGraph) -> Callable[..., Any]:

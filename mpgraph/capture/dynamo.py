@@ -24,8 +24,8 @@ from mpgraph.capture.compiled import Call, CompiledGraph, calls, rewritten, runn
 from mpgraph.capture.dynamo_settings import configured
 from mpgraph.capture.kept import repair_checkpoints
 from mpgraph.capture.lower import Graphs
-from mpgraph.capture.own_error import raise_own_error
 from mpgraph.capture.miscounts import refuse_miscounts
+from mpgraph.capture.own_error import raise_own_error
 from mpgraph.capture.paths import label_placeholders
 from mpgraph.errors import CaptureError, PolicyError
 from mpgraph.module import State, capturing
@@ -149,7 +149,10 @@ class DynamoEngine:
                 configured(self.context.device, self.state.settings.max_graphs),
                 self.context.autocast(),
             ):
-                return self._run(model, args, kwargs)
+                result = self._run(model, args, kwargs)
+            if self.context.scaled:
+                result = call.crossings.finish(result, lambda: _given(model, args, kwargs))
+            return result
         finally:
             calls.now = outer
             entry.note(call, watch.new())
@@ -203,6 +206,11 @@ class DynamoEngine:
         run = runner(rewritten(gm, self.context))
         self._live.add(run)
         return run
+
+
+def _given(model: nn.Module, args: Any, kwargs: Any) -> list[Any]:
+    """The tensors of a call that were there before it."""
+    return [*flatten((args, kwargs))[0], *model.parameters(), *model.buffers()]
 
 
 def _forgive(error: Exception) -> None:

@@ -24,6 +24,8 @@ from mpgraph.passes import DEFAULT_PASSES
 from mpgraph.pipeline import PassContext, PassReport, run_passes
 from mpgraph.precision import logger
 from mpgraph.structure import Spec, leaf_names, opaque_values
+from mpgraph.unguarded import watch
+from mpgraph.verify import verify_scaling
 
 
 def capture_call(
@@ -34,6 +36,8 @@ def capture_call(
     Raises:
         CaptureError: No engine can carry the call; says why, and what to do.
     """
+    if state.settings.scaled and not state.scale.is_guarded:
+        watch(model)
     context = _context(state)
     names = _names(spec)
     label = _label(model, leaves, names)
@@ -136,7 +140,10 @@ def _capture_export(
                     captured = capture_export(
                         model, forward, call, context.autocast(), context.device
                     )
-                return captured, run_passes(captured.graph_module, DEFAULT_PASSES, context)
+                reports = run_passes(captured.graph_module, DEFAULT_PASSES, context)
+                if context.scaled:
+                    verify_scaling(captured.graph_module, grad=context.grad)
+                return captured, reports
             except (NeedsDynamo, MPGraphError):
                 raise
             except Exception as error:

@@ -29,6 +29,7 @@ from mpgraph.capture.modes import switches_kept
 from mpgraph.infer import fake_mode_of
 from mpgraph.passes import DEFAULT_PASSES
 from mpgraph.pipeline import PassContext, PassReport, run_passes
+from mpgraph.verify import verify_scaling
 
 Graphs = list[tuple[fx.GraphModule, list[PassReport]]]
 PASSES = with_borders(DEFAULT_PASSES)
@@ -57,6 +58,8 @@ def lower(
             untraceable.add(error.name)
             continue
         graphs += [*inner, (lowered, run_passes(lowered, PASSES, context))]
+        if context.scaled and not lowered.meta.get("body"):
+            verify_scaling(lowered, grad=context.grad)
         return lowered
 
 

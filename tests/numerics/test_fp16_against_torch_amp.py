@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mpgraph
 from mpgraph.module import state_of
@@ -70,10 +72,41 @@ class Transformer(nn.Module):
         return self.head(x.mean(1))
 
 
+class Checkpointed(nn.Module):
+    """A transformer whose blocks are recomputed: norms, softmax and their parameters in fp32."""
+
+    def __init__(self, use_reentrant: bool = False) -> None:
+        super().__init__()
+        self.use_reentrant, self.checkpointed = use_reentrant, True
+        self.embed, self.head = nn.Linear(1, 16), nn.Linear(16, 4)
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(4))
+        self.qkv = nn.ModuleList(nn.Linear(16, 48) for _ in range(2))
+        self.mlp = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.gain = nn.Parameter(torch.ones(16))
+
+    def block(self, x: Tensor, index: int) -> Tensor:
+        q, k, v = self.qkv[index](self.norms[2 * index](x)).chunk(3, -1)
+        x = x + (q @ k.transpose(-1, -2) / 4).softmax(-1) @ v
+        return x + F.gelu(self.mlp[index](self.norms[2 * index + 1](x))) * self.gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x.unsqueeze(-1))
+        for index in range(2):
+            if self.checkpointed:
+                x = checkpoint(self.block, x, index, use_reentrant=self.use_reentrant)
+            else:
+                x = self.block(x, index)
+        return self.head(x.mean(1))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mlp": Perceptron,
     "conv_net": ConvNet,
     "transformer": Transformer,
+}
+CHECKPOINTED: dict[str, Callable[[], nn.Module]] = {
+    "checkpointed": Checkpointed,
+    "reentrant": functools.partial(Checkpointed, use_reentrant=True),
 }
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
@@ -144,11 +177,18 @@ def train_mpgraph(model, optimizer, data: Sequence[Batch], accumulate: int = 1) 
 
 
 def assert_same_training(
-    model: str, optimizer: str, steps: int, spoiled: dict[int, float], accumulate: int = 1
+    model: str,
+    optimizer: str,
+    steps: int,
+    spoiled: dict[int, float],
+    accumulate: int = 1,
+    capture: str = "auto",
 ) -> Record:
     torch.manual_seed(0)
-    reference = MODELS[model]()
-    converted = mpgraph.convert(copy.deepcopy(reference), "fp16", policy="autocast-cpu")
+    reference = {**MODELS, **CHECKPOINTED}[model]()
+    converted = mpgraph.convert(
+        copy.deepcopy(reference), "fp16", policy="autocast-cpu", capture=capture
+    )
     data = batches(steps, spoiled)
     make = OPTIMIZERS[optimizer]
     want = train_amp(reference, make(reference.parameters()), data, accumulate)
@@ -178,6 +218,37 @@ def test_training_is_torch_amps(model, optimizer):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_skips_and_steps_as_under_torch_amp(optimizer):
     assert_same_training("mlp", optimizer, 12, SPOILED)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw-fused", "sgd-momentum"])
+@pytest.mark.parametrize("model", CHECKPOINTED)
+def test_checkpointed_blocks_train_as_under_torch_amp(model, optimizer):
+    decisions = assert_same_training(model, optimizer, 12, SPOILED, capture="dynamo")
+    assert any(skipped for skipped, _ in decisions)
+
+
+def gradients(model: nn.Module, policy: str) -> list[Tensor]:
+    converted = mpgraph.convert(model, "fp16", policy=policy, capture="dynamo")
+    state_of(converted).scale.replace(mpgraph.LossScale(**RULE))
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    converted(x).square().mean().backward()
+    graphs = [gm for gm, _ in state_of(converted).specialisations()[0].graphs]
+    kept = sum("mpgraph_checkpoint" in str(n.target) for gm in graphs for n in gm.graph.nodes)
+    assert kept == (2 if model.checkpointed else 0)
+    return [p.grad for p in converted.parameters()]
+
+
+@pytest.mark.parametrize("policy", ["default", "autocast-cuda"])
+@pytest.mark.parametrize("model", CHECKPOINTED)
+def test_a_checkpoint_changes_no_gradient_of_what_is_in_it(model, policy):
+    with_checkpoints = CHECKPOINTED[model]()
+    without = copy.deepcopy(with_checkpoints)
+    without.checkpointed = False
+    for got, want in zip(
+        gradients(with_checkpoints, policy), gradients(without, policy), strict=True
+    ):
+        assert want.isfinite().all()
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -317,6 +317,31 @@ def test_a_guarded_step_in_pure_fp16_is_skipped_or_taken():
     assert not optimizer.last_step_skipped
 
 
+class Lookup(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 6, sparse=True), nn.Linear(6, 5)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.head(self.table(index))
+
+
+@pytest.mark.parametrize("capture", ["export", "dynamo"])
+def test_pure_fp16_trains_an_embedding_with_sparse_gradients(capture):
+    model, index = Lookup(), torch.tensor([1, 5, 1])
+    exact = copy.deepcopy(model).double()
+    pure = mpgraph.convert(model, "fp16-true", capture=capture)
+    exact(index).square().mean().backward()
+    pure(index).square().mean().backward()
+    got, want = pure.table.weight.grad, exact.table.weight.grad.to_dense()
+    assert got.is_sparse
+    assert got.dtype is torch.float16
+    assert (got.to_dense().double() - want).abs().max() < 1e-2 * want.abs().max()
+    optimizer = mpgraph.guard(torch.optim.SparseAdam(pure.table.parameters()), pure)
+    optimizer.step()
+    assert not optimizer.last_step_skipped
+
+
 class TwoMixedLosses(nn.Module):
     """The second loss takes an fp32 value that came out of the first one's broadcast."""
 

@@ -129,7 +129,6 @@ def test_an_addition_that_widens_by_itself_gets_a_scaled_cast():
         lambda h, y: y - h,
         lambda h, y: torch.where(y > 0, h, y),
         lambda h, y: torch.maximum(h, y),
-        lambda h, y: torch.addcmul(y, h, h),
         lambda h, y: y.clone().add_(h),
         lambda h, y: y.clone().copy_(h),
         lambda h, y: y.clone().mul_(h[0]),
@@ -139,6 +138,28 @@ def test_an_addition_that_widens_by_itself_gets_a_scaled_cast():
 def test_every_mix_of_dtypes_keeps_its_gradients(mix):
     gm = check(lambda x, y: mix(cast(x, f16), y), leaf(4), leaf(4), edits=2)
     assert targets(gm).count(WIDEN) == 1
+
+
+def test_an_operator_in_place_that_rounds_in_its_backward_pass_is_computed_first():
+    check(
+        lambda x, y: y.clone().addcmul_(cast(x, f16), cast(x, f16)),
+        leaf(4),
+        leaf(4),
+        edits=5,
+        expect="""
+            %x: fp32[4] = input
+            %y: fp32[4] = input
+            %loss_scale: fp32[] = input
+            %clone: fp32[4] = clone(%y)
+            %x_fp16: fp16[4] = mpgraph.lower(%x, fp16, %loss_scale)
+            %x_fp16_1: fp16[4] = mpgraph.lower(%x, fp16, %loss_scale)
+            %clone_fp32: fp32[4] = mpgraph.lower(%clone, fp32, %loss_scale)
+            %addcmul: fp32[4] = addcmul(%clone_fp32, %x_fp16, %x_fp16_1)
+            %addcmul_fp32: fp32[4] = mpgraph.widen(%addcmul, fp32, %loss_scale)
+            %addcmul_: fp32[4] = copy_(%clone, %addcmul_fp32)
+            return %addcmul_
+        """,
+    )
 
 
 def test_an_operator_of_both_dtypes_computes_with_scaled_gradients():
