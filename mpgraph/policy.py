@@ -20,6 +20,7 @@ from mpgraph import policy_text
 from mpgraph.errors import PolicyError
 from mpgraph.op_table import MOVES_DATA, PRESETS, OpRule, Rule, rule_for
 from mpgraph.policy_glob import matches_op, module_glob, name_glob, op_names
+from mpgraph.whole_files import write_whole
 
 RUN_VALUES = ("fp32", "compute", "bf16", "fp16", "follow")
 ON_UNKNOWN_VALUES = ("follow", "fp32", "error")
@@ -279,13 +280,8 @@ class Policy:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the policy as TOML; an interrupted write leaves the old file whole."""
-        target = Path(path)
-        unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            unfinished.write_text(self.to_toml(), encoding="utf-8", newline="\n")
-            os.replace(unfinished, target)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        text = self.to_toml()
+        write_whole(path, lambda file: file.write_text(text, encoding="utf-8", newline="\n"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Policy:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -24,6 +24,16 @@ def undone_on_failure(model: nn.Module, arguments: Iterable[Any] = ()) -> Iterat
     its lists and assigned traced tensors to its buffers; the engine that tries next runs it
     from the start.
     """
+    restore = remember(model, arguments)
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
+
+
+def remember(model: nn.Module, arguments: Iterable[Any] = ()) -> Callable[[], None]:
+    """Note attributes, containers and random states; return what puts them back."""
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     tables = [
         (table, snapshot(table))
@@ -37,9 +47,8 @@ def undone_on_failure(model: nn.Module, arguments: Iterable[Any] = ()) -> Iterat
     numpy: Any = sys.modules.get("numpy")
     state = random.getstate()
     numpy_state = numpy.random.get_state() if numpy else None
-    try:
-        yield
-    except BaseException:
+
+    def restore() -> None:
         for current, before in attributes:
             current.clear()
             current.update(before)
@@ -51,7 +60,8 @@ def undone_on_failure(model: nn.Module, arguments: Iterable[Any] = ()) -> Iterat
         random.setstate(state)
         if numpy:
             numpy.random.set_state(numpy_state)
-        raise
+
+    return restore
 
 
 def _is_table(value: Any) -> bool:
