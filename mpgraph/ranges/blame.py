@@ -217,6 +217,8 @@ class _Case:
         known = (true.forward if forward else true.gradient).get(node) if true else None
         spread = run.forward[node] if forward else run.gradient[node]
         finding = _finding("forward" if forward else "backward", node, spread, known)
+        if forward and true is not None and ir.is_inserted(node):
+            finding = dataclasses.replace(finding, source=_grown_in(ir.cast_source(node), true))
         return self._with_cure(finding, origin)
 
     def _is_between(self, node: fx.Node) -> bool:
@@ -306,16 +308,30 @@ def _finding(
 
 def _source(node: fx.Node) -> str:
     """What a cast casts, or a weight's copy copies."""
-    slot = node.meta.get("slot")
-    if slot is not None:
-        return str(slot.target)
+    if node.op == "placeholder":
+        return _name(node)
     if not ir.is_inserted(node):
         return ""
     source = ir.cast_source(node)
     while source.op == "call_function" and (ir.is_inserted(source) or _is_view(source)):
         source = source.all_input_nodes[0]
-    slot = source.meta.get("slot")
-    return str(slot.target) if slot is not None else ir.module_path(source) or source.name
+    return _name(source)
+
+
+def _grown_in(node: fx.Node, true: Run) -> str:
+    """Where a value first grew beyond fp16's end, on its way through fp32."""
+    while True:
+        large = (s for s in node.all_input_nodes if not is_half(s) and s in true.forward)
+        source = next((s for s in large if true.forward[s].overflows()), None)
+        if source is None:
+            return _name(node)
+        node = source
+
+
+def _name(node: fx.Node) -> str:
+    """The input or parameter that a node stands for, else its module, else itself."""
+    slot = node.meta.get("slot")
+    return str(slot.target) if slot is not None else ir.module_path(node) or node.name
 
 
 def _is_view(node: fx.Node) -> bool:

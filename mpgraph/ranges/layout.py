@@ -69,11 +69,23 @@ _SAID: dict[str, Callable[[Finding], str]] = {
 }
 
 
+def said(finding: Finding) -> str:
+    """The finding in one paragraph: what, where, and what to do."""
+    texts = [_SAID[finding.kind](finding)]
+    if finding.line:
+        texts.append(f"It is at {finding.line}.")
+    if finding.scale is not None:
+        texts.append(f"Cure: mpgraph.guard(..., scale={number(finding.scale)}).")
+    elif finding.overrides:
+        texts.append(f'Cure: policy="{finding.policy}".')
+    return " ".join(texts)
+
+
 def _facts(finding: Finding, report: RangeReport) -> Iterator[tuple[str, str]]:
     if finding.line:
         yield "at", finding.line
     if finding.source:
-        yield "from", f"a cast of {finding.source}"
+        yield "from", f"{finding.source}, cast to {finding.dtype}"
     if finding.bad:
         share = f"{finding.bad} of {count(finding.count, 'value')} infinite or NaN"
         yield "values", share + _largest(finding, report)

@@ -137,7 +137,8 @@ class Finding:
         module: The path of its module.
         line: The user's line.
         dtype: Its dtype.
-        source: For a cast: the module path, or the name, of what it casts.
+        source: For a cast: the module, or the name, of what it casts; where that has grown too
+            large for fp16 on its way through fp32, of where it did.
         largest: The largest magnitude of its value (its true gradient), computed in fp32.
         bad: How many of its values are infinite or NaN.
         count: How many values it has.
