@@ -198,6 +198,9 @@ class _Case:
         origin = find_origin(true, None)
         if origin is None:
             return Finding("loss", largest=_magnitude(self.trace.loss))
+        if ir.is_higher_order(origin.node):
+            # Its body ran in 16 bit in either replay.
+            return self._of_origin(find_origin(self.trace, None) or origin)
         spread = (origin.run.forward if origin.side == "forward" else origin.run.gradient)[
             origin.node
         ]
@@ -217,7 +220,7 @@ class _Case:
         known = (true.forward if forward else true.gradient).get(node) if true else None
         spread = run.forward[node] if forward else run.gradient[node]
         finding = _finding("forward" if forward else "backward", node, spread, known)
-        if forward and true is not None and ir.is_inserted(node):
+        if forward and true is not None and node.op != "placeholder" and ir.is_inserted(node):
             finding = dataclasses.replace(finding, source=_grown_in(ir.cast_source(node), true))
         return self._with_cure(finding, origin)
 

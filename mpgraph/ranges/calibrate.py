@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -151,9 +152,7 @@ def _shown(batches: Iterable[Any], steps: int | None, progress: bool | None) -> 
     total = min((n for n in (total, steps) if n is not None), default=None)
     with _bar(progress) as bar:
         task = bar.add_task("calibrating", total=total)
-        for number_, batch in enumerate(batches):
-            if steps is not None and number_ >= steps:
-                return
+        for batch in itertools.islice(batches, steps):
             yield batch
             bar.advance(task)
 

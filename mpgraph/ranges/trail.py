@@ -40,7 +40,7 @@ def find_origin(trace: Trace, true: Trace | None) -> Origin | None:
     what came out wrong through wrong values alone.
     """
     forward = _Side("forward", trace, true)
-    if not trace.has_backward:
+    if trace.bad_loss or not trace.has_backward:
         return forward.search(forward.results(), forward.before)
     backward = _Side("backward", trace, true)
     found = backward.search(backward.leaves(), backward.after)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from mpgraph import ir
@@ -134,8 +134,7 @@ class _AsItIs(fx.Interpreter):
         self._run, self._watch = run, watch
 
     def run_node(self, n: fx.Node) -> Any:
-        body = _opened(n, self._run.graph_module)
-        value = self._plain(n) if body is None else self._run_body(n, body)
+        value = self._run_body(n) if self._is_opened(n) else self._plain(n)
         if n.op != "output":
             self._watch.note(self._run, n, value)
         return value
@@ -143,29 +142,32 @@ class _AsItIs(fx.Interpreter):
     def _plain(self, n: fx.Node) -> Any:
         return super().run_node(n)
 
-    def _run_body(self, n: fx.Node, body: fx.GraphModule) -> Any:
+    def _is_opened(self, n: fx.Node) -> bool:
+        """Whether it is a checkpoint, which computes the same without one.
+
+        A reentrant one gives parameters no gradient if no argument needs any.
+        """
+        if n.target is not kept.KEPT_CHECKPOINT:
+            return False
+        given = [self.env[a] for a in n.all_input_nodes if a.op != "get_attr"]
+        needed = (v for v in given if isinstance(v, torch.Tensor) and v.requires_grad)
+        others = any(not isinstance(v, nn.Parameter) for v in needed)
+        return others or not n.kwargs.get("use_reentrant", True)
+
+    def _run_body(self, n: fx.Node) -> Any:
+        body = kept.bodies(n, self._run.graph_module)[0]
         args, _ = self.fetch_args_kwargs_from_env(n)
         inner = self._run.inner[n] = Run(body, self._run.owner, parent=(self._run, n))
         return self._watch.run_graph(inner, args[1:])
-
-
-def _opened(node: fx.Node, gm: fx.GraphModule) -> fx.GraphModule | None:
-    """The body of a checkpoint, which computes the same without one.
-
-    A reentrant one has rules of its own about who gets a gradient: it is run as a whole.
-    """
-    if node.target is not kept.KEPT_CHECKPOINT or node.kwargs.get("use_reentrant", True):
-        return None
-    return kept.bodies(node, gm)[0]
 
 
 class _InFloat32(_AsItIs):
     """Runs a graph in fp32 throughout; what it returns has the dtypes that it promises."""
 
     def _plain(self, n: fx.Node) -> Any:
-        if n.op == "output":
+        if n.op == "output" and self._run.parent is None:
             return fx.map_arg(n.args[0], lambda a: _as_declared(a, self.env[a]))
-        if n.op != "call_function":
+        if n.op != "call_function":  # the output of a body as well
             return _widened(super()._plain(n))
         if ir.is_higher_order(n):
             return self._whole(n)
