@@ -197,9 +197,7 @@ class _Ranges:
 
         return min(candidates, key=misfits)
 
-    def pins(
-        self, policy: Policy, scale: float, margin: float, max_lost: float
-    ) -> list[Override]:
+    def pins(self, policy: Policy, scale: float, margin: float, max_lost: float) -> list[Override]:
         """What must be in fp32, each with its evidence."""
         evidence: dict[Override, list[tuple[float, str]]] = collections.defaultdict(list)
         for seen in self._seen.values():

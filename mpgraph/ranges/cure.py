@@ -22,7 +22,7 @@ _LOSS_OF_ONE, _LOSERS = 0.01, 0.05
 
 
 def pins(spots: Iterable[Spot], model: nn.Module, policy: Policy) -> list[Override]:
-    """Overrides that take these 16-bit values to fp32: who makes them, or whom they are cast for."""
+    """Overrides that take these 16-bit values to fp32: by who makes them, or who gets the cast."""
     found: dict[Override, None] = {}
     for run, node in spots:
         for maker in _makers(run, node):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpgraph.errors import MPGraphError
+from mpgraph.op_table import MOVES_DATA
 from mpgraph.ranges.layout import number
 from mpgraph.ranges.records import FP16_MAX, FP16_MIN_NORMAL, FP16_MIN_SUBNORMAL, NodeRange, Spread
 from mpgraph.whole_files import write_whole
@@ -24,6 +25,7 @@ _ABOVE: dict[str, Any] = {
     "ha": "right", "va": "bottom", "xytext": (0, 1), "textcoords": "offset points",
 }  # fmt: skip
 _ROOM = 1e-12
+_LEGEND = "Up to the largest, from the smallest 1 %; tick: median. Orange overflows; grey is fp32."
 
 
 def draw(report: RangeReport, path: Path) -> None:
@@ -42,11 +44,8 @@ def draw(report: RangeReport, path: Path) -> None:
     above.set_title(f"{report.model}, {report.precision}: magnitudes next to the limits of fp16")
     above.set_ylabel("values")
     below.set_ylabel("gradients as they are computed")
-    times = f"; gradients in fp16 are times the loss scale, {number(scale)}" if report.scale else ""
-    below.set_xlabel(
-        f"bar: 98 % of the values, tick: their median, grey: not in 16 bit, orange: overflows{times}",
-        fontsize=8,
-    )
+    times = f"Gradients in fp16 are times the loss scale, {number(scale)}." if report.scale else ""
+    below.set_xlabel(f"{_LEGEND}\n{times}", fontsize=8)
     below.set_xticks(range(len(layers)), [_label(node) for node in layers], rotation=90, fontsize=7)
     write_whole(path, lambda file: figure.savefig(file, dpi=150))
 
@@ -66,7 +65,8 @@ def _matplotlib() -> tuple[Any, Any]:
 
 def _layers(nodes: Sequence[NodeRange]) -> list[NodeRange]:
     """The operators, in order; casts and views of a value would only repeat it."""
-    return [n for n in nodes if n.role == "operator" and (n.true_forward or n.forward)]
+    made = (n for n in nodes if n.role == "operator" and n.operator.startswith("aten."))
+    return [n for n in made if n.operator not in MOVES_DATA]
 
 
 def _label(node: NodeRange) -> str:

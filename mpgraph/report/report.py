@@ -288,4 +288,3 @@ def _of_model(model: Any) -> Report:
         policy=str(state.settings.policy),
         graphs=tuple(build_graph(source) for entry in entries for source in sources_of(entry)),
     )
-
