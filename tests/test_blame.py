@@ -366,6 +366,49 @@ def test_a_reentrant_checkpoint_is_looked_into():
     assert any(node.gradient for node in report.nodes)
 
 
+class Times(torch.autograd.Function):
+    """Its body has the dtypes that it was traced with, in fp32 replays too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1e4
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * 1e9
+
+
+class WithFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(Times.apply(self.first(x)))
+
+
+@pytest.mark.parametrize(("fill", "kind"), [(1.0, "backward"), (100.0, "forward")])
+def test_a_custom_function_is_blamed_as_a_whole(fill, kind):
+    report = mpgraph.blame(mpgraph.convert(WithFunction(), "fp16"), X * fill, loss_fn=square)
+    assert report.finding.kind == kind
+    assert not report.finding.tried
+
+
+def test_no_cure_is_claimed_for_the_models_own_cast():
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear((x * 1e6).half())
+
+    report = mpgraph.blame(mpgraph.convert(Own(), "fp16"), X, loss_fn=square)
+    assert report.finding.operator == "aten.to.dtype"
+    assert report.finding.tried is False
+    assert "none found" in str(report)
+
+
 def test_a_converted_part_of_an_ordinary_model_is_blamed():
     model = nn.Sequential(nn.Linear(8, 8), net(), nn.Linear(4, 4))
     with torch.no_grad():

@@ -198,9 +198,10 @@ class _Case:
         origin = find_origin(true, None)
         if origin is None:
             return Finding("loss", largest=_magnitude(self.trace.loss))
-        if ir.is_higher_order(origin.node):
-            # Its body ran in 16 bit in either replay.
-            return self._of_origin(find_origin(self.trace, None) or origin)
+        if _is_whole(origin):
+            # A body that ran in 16 bit in either replay: what fp32 would do is not known.
+            own = find_origin(self.trace, None)
+            return self._of_origin(own) if own is not None else Finding("between")
         spread = (origin.run.forward if origin.side == "forward" else origin.run.gradient)[
             origin.node
         ]
@@ -269,6 +270,13 @@ def _true(step: Step) -> tuple[Trace | None, str]:
     except Exception as error:
         logger.debug("no replay in fp32: %r", error)
         return None, str(error).splitlines()[0] if str(error) else repr(error)
+
+
+def _is_whole(origin: Origin) -> bool:
+    """Whether a value, or a gradient, comes right out of a body that runs as a whole."""
+    node = origin.node
+    near = [node, *node.all_input_nodes] if origin.side == "forward" else node.users
+    return any(ir.is_higher_order(n) and n not in origin.run.inner for n in near)
 
 
 def _place(node: fx.Node) -> NodeRange:

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -148,7 +148,7 @@ def _bar(progress: bool | None) -> Iterator[Any]:
 
 def _shown(batches: Iterable[Any], steps: int | None, progress: bool | None) -> Iterator[Any]:
     """The first batches, with a progress bar."""
-    total = len(batches) if hasattr(batches, "__len__") else None
+    total = len(batches) if isinstance(batches, Sized) else None
     total = min((n for n in (total, steps) if n is not None), default=None)
     with _bar(progress) as bar:
         task = bar.add_task("calibrating", total=total)

@@ -46,15 +46,15 @@ def _makers(run: Run, node: fx.Node) -> Iterator[fx.Node]:
     elif ir.is_getitem(node) or _takes_what_comes(node):
         for source in node.all_input_nodes[:1]:
             yield from _makers(run, source)
-    elif node.op == "call_function":
-        yield node
+    elif node.op == "call_function" and not ir.is_higher_order(node):
+        yield node  # a body has the dtypes that it was traced with, whatever the policy
 
 
 def _readers(cast: fx.Node) -> Iterator[fx.Node]:
     for user in cast.users:
         if ir.is_inserted(user) or _takes_what_comes(user):
             yield from _readers(user)
-        elif user.op == "call_function":
+        elif user.op == "call_function" and not ir.is_higher_order(user):
             yield user
 
 

@@ -107,6 +107,9 @@ def _largest(finding: Finding, report: RangeReport) -> str:
 def _cures(finding: Finding) -> Iterator[tuple[str, str]]:
     if finding.kind not in ("forward", "backward"):
         return
+    if finding.tried is False and finding.overrides:
+        yield "cure", f'none found: still not finite with policy="{finding.policy}"'
+        return
     if finding.scale is not None:
         yield "cure", f"a lower loss scale: mpgraph.guard(…, scale={number(finding.scale)})"
         yield "", "(guard gets there by itself, one skipped step for each factor of two)"
@@ -116,9 +119,8 @@ def _cures(finding: Finding) -> Iterator[tuple[str, str]]:
         yield "or pin", f'policy="{finding.policy}"'
     if finding.scale is None and not finding.overrides:
         yield "cure", "none found: make the values themselves smaller"
-    if finding.tried is not None:
-        tried = "with it the step is finite" if finding.tried else "the step is still not finite"
-        yield "tried", tried
+    if finding.tried:
+        yield "tried", "with it the step is finite"
 
 
 def summary(report: RangeReport) -> Iterator[Part]:

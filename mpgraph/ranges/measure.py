@@ -41,5 +41,5 @@ def _plain(value: torch.Tensor) -> torch.Tensor:
 
 def _exponents(magnitudes: torch.Tensor) -> tuple[tuple[int, int], ...]:
     values = torch.frexp(magnitudes[magnitudes > 0]).exponent - 1
-    found, counts = values.unique(return_counts=True)
+    found, counts = torch.unique(values, return_counts=True)
     return tuple(zip(found.tolist(), counts.tolist(), strict=True))

@@ -178,17 +178,20 @@ def _plain(value: Any) -> Any:
 
 def node_from(values: Mapping[str, Any]) -> NodeRange:
     """The inverse of :func:`to_plain`."""
-    known = {key: values[key] for key in NodeRange.__dataclass_fields__ if key in values}
-    return NodeRange(**{k: _spread(v) if isinstance(v, Mapping) else v for k, v in known.items()})
+    return NodeRange(**_known(NodeRange, values))
 
 
 def finding_from(values: Mapping[str, Any]) -> Finding:
     """The inverse of :func:`to_plain`."""
-    known = {key: values[key] for key in Finding.__dataclass_fields__ if key in values}
-    return Finding(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
+    return Finding(**_known(Finding, values))
 
 
-def _spread(values: Mapping[str, Any]) -> Spread:
-    known = {key: values[key] for key in Spread.__dataclass_fields__ if key in values}
-    exponents = tuple((int(e), int(n)) for e, n in known.pop("exponents", ()))
-    return Spread(**known, exponents=exponents)
+def _known(record: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a record among these values; keys of a later mpgraph are left out."""
+    return {key: _value(values[key]) for key in record.__dataclass_fields__ if key in values}
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return Spread(**_known(Spread, value))
+    return tuple(map(_value, value)) if isinstance(value, (list, tuple)) else value

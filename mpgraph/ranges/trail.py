@@ -137,7 +137,7 @@ class _Side:
 
 
 def _output(run: Run) -> fx.Node:
-    return next(iter(run.graph_module.graph.find_nodes(op="output")))
+    return run.graph_module.graph.output_node()
 
 
 def given_wrong(trace: Trace) -> Iterator[Spot]:
