@@ -196,21 +196,21 @@ def train(loops: list[Loop], config: GPTConfig, batch: int, options: argparse.Na
     batches = training_batches(training, config.context, batch, options.seed)
     validation = validation_batches(held_back, config.context, batch)
     columns = (
-        TextColumn("training"),
-        BarColumn(),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[losses]}"),
+        TextColumn("loss: {task.fields[losses]}"),
     )
     with Progress(*columns) as progress:
         total = steps or MOST_STEPS
+        progress.print("validation loss" + "".join(f"{loop.name:>15}" for loop in loops))
         bar = progress.add_task("", total=total, losses="")
         for done in itertools.count(1):
             tokens, targets = next(batches)
             # A different loop begins each round: none always runs on another's warm caches.
             for shift in range(len(loops)):
                 loops[(done + shift) % len(loops)].step(tokens, targets)
-            losses = "losses " + " ".join(f"{loop.losses[-1]:.3f}" for loop in loops)
+            losses = ", ".join(f"{loop.name.split()[0]} {loop.losses[-1]:.3f}" for loop in loops)
             if steps is None and done == UNTIMED_STEPS + 5:
                 total = affordable_steps(loops, options.minutes)
                 progress.print(f"{total} steps each, for about {options.minutes:g} minutes")
@@ -218,12 +218,16 @@ def train(loops: list[Loop], config: GPTConfig, batch: int, options: argparse.Na
             if done % -(-total // 5) == 0 or done == total:
                 for loop in loops:
                     loop.validate(validation)
-                values = "  ".join(f"{loop.validation[-1][1]:.4f}" for loop in loops)
-                progress.print(f"step {done:4}: validation loss {values}")
+                progress.print(f"step {done:4}".ljust(15) + validation_row(loops))
             if done == total:
                 break
     for loop in loops:
         loop.count_casts(tokens, targets)
+
+
+def validation_row(loops: list[Loop]) -> str:
+    """The last validation loss of every loop, under its name."""
+    return "".join(f"{loop.validation[-1][1]:15.4f}" for loop in loops)
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:

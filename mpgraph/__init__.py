@@ -20,19 +20,20 @@ _HOMES = {
     "Policy": "policy",
     "Override": "policy",
     "LossScale": "loss_scale",
+    "Report": "report.report",
     "MPGraphError": "errors",
+    "CallError": "errors",
     "CaptureError": "errors",
     "PolicyError": "errors",
     "PrecisionError": "errors",
-    "ExportError": "errors",
     "VerificationError": "errors",
 }
 
 if TYPE_CHECKING:
     from mpgraph.assertions import assert_policy as assert_policy
     from mpgraph.conversion import convert as convert
+    from mpgraph.errors import CallError as CallError
     from mpgraph.errors import CaptureError as CaptureError
-    from mpgraph.errors import ExportError as ExportError
     from mpgraph.errors import MPGraphError as MPGraphError
     from mpgraph.errors import PolicyError as PolicyError
     from mpgraph.errors import PrecisionError as PrecisionError
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from mpgraph.ranges.blame import blame as blame
     from mpgraph.ranges.calibrate import calibrate as calibrate
     from mpgraph.ranges.report import RangeReport as RangeReport
+    from mpgraph.report.report import Report as Report
     from mpgraph.report.report import explain as explain
 
 __all__ = ["__version__", *_HOMES]

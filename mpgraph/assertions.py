@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mpgraph.errors import PolicyError
-from mpgraph.policy_glob import matches_op, op_names
+from mpgraph.policy_glob import matches_op, near_misses, op_names
 from mpgraph.report.layout import count, name_counts, size_text
 from mpgraph.report.records import SIXTEEN_BIT, Graph, Node
 from mpgraph.report.report import Report, explain
-from mpgraph.report.select import near_misses
 
 Patterns = str | Sequence[str]
 
@@ -77,8 +76,8 @@ def _heading(report: Report, number: int) -> str:
     return f"{name} fails {count(number, 'assertion')} of assert_policy:"
 
 
-def _as_list(patterns: Patterns) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else list(patterns)
+def _as_list(patterns: Any) -> list[Any]:
+    return list(patterns) if isinstance(patterns, (list, tuple, set, frozenset)) else [patterns]
 
 
 def _wrong_dtypes(
@@ -100,7 +99,7 @@ def _forbidden(report: Report, forbid: Mapping[str, Patterns]) -> Iterator[str]:
         banned = _as_list(dtypes)
         for dtype in banned:
             if dtype not in _DTYPES:
-                near = near_misses(dtype, (*_DTYPES, "bfloat16", "float16", "float32"))
+                near = near_misses(_short(dtype), _DTYPES)
                 raise PolicyError(f"forbid takes {', '.join(_DTYPES)}, found {dtype!r}{near}")
         nodes = _matching(report, pattern)
         wrong = [node for node in nodes if node.runs_in in banned]
@@ -110,6 +109,12 @@ def _forbidden(report: Report, forbid: Mapping[str, Patterns]) -> Iterator[str]:
         elif wrong:
             run = "fp32" if SIXTEEN_BIT.intersection(banned) else "compute"
             yield _failure(claim, nodes, wrong, _remedy(report, wrong, pattern, run))
+
+
+def _short(dtype: object) -> str:
+    """``bf16`` for ``"bfloat16"``, ``"torch.bfloat16"`` and the dtype itself."""
+    name = str(dtype).removeprefix("torch.")
+    return name.replace("bfloat", "bf").replace("float", "fp")
 
 
 def _matching(report: Report, pattern: str) -> list[Node]:

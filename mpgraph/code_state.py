@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes)
+from mpgraph.plain import PLAIN
+
 _CONTAINERS = (list, dict, set)
 
 
@@ -48,7 +49,7 @@ class CodeState:
             if name.startswith("__") or (id(table), name) in self._seen:
                 continue
             self._seen.add((id(table), name))
-            if isinstance(value, _PLAIN):
+            if isinstance(value, PLAIN):
                 self.places.append((table, name, owner))
             elif isinstance(value, _CONTAINERS):
                 self.containers.append((prefix + name, value))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
@@ -13,7 +12,6 @@ from torch import nn
 from mpgraph import ir
 from mpgraph.errors import PolicyError, PrecisionError
 from mpgraph.module import (
-    STATE,
     MixedPrecision,
     Settings,
     State,
@@ -21,9 +19,11 @@ from mpgraph.module import (
     copy_tree,
     state_of,
 )
+from mpgraph.plain import STATE
 from mpgraph.policy import Policy
 from mpgraph.precision import Precision, allow_tf32, resolve_precision
 from mpgraph.unguarded import watch
+from mpgraph.warn import warn
 
 M = TypeVar("M", bound=nn.Module)
 CAPTURES = ("auto", "export", "dynamo")
@@ -170,13 +170,13 @@ def _no_masters(floating: dict[str, Any], halves: list[str], precision: Precisio
 
 def _change_parameters(model: nn.Module, precision: Precision, masters: str | None) -> None:
     if masters == "create" and not precision.pure:
+        if any(p.dtype in _HALF for p in model.parameters()):
+            warn(
+                "float32 masters were made from 16-bit parameters; what rounding had already "
+                "taken is lost. Load the model in float32 if you can. Create the optimizer after "
+                "convert: these are new parameters."
+            )
         _retype_parameters(model, torch.float32, _HALF)
-        warnings.warn(
-            "mpgraph: float32 masters were made from 16-bit parameters; what rounding had already "
-            "taken is lost. Load the model in float32 if you can. Create the optimizer after "
-            "convert: these are new parameters.",
-            stacklevel=3,
-        )
     elif precision.pure:
         assert precision.compute is not None
         _retype_parameters(model, precision.compute, (torch.float32, *_HALF))

@@ -111,7 +111,13 @@ def directly(gm: fx.GraphModule) -> Callable[..., Any]:
             continue
         if node.target in calls:
             node.target = calls[node.target]
-        elif node.target in METHODS and isinstance(node.args[0], fx.Node):
+        elif node.target in METHODS and _is_for_a_method(node):
             node.op, node.target = "call_method", METHODS[node.target]
     run: Callable[..., Any] = fx.GraphModule(gm, graph).forward
     return run
+
+
+def _is_for_a_method(node: fx.Node) -> bool:
+    """Whether the method takes the arguments as they are: ``Tensor.to`` names its memory format."""
+    is_positional = node.target is not _aten.to.dtype or len(node.args) < 5
+    return isinstance(node.args[0], fx.Node) and is_positional

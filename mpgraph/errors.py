@@ -19,8 +19,8 @@ class PrecisionError(MPGraphError, ValueError):
     """The requested precision is unknown, or does not fit the model or its parameters."""
 
 
-class ExportError(MPGraphError):
-    """The graph cannot be written in the requested format."""
+class CallError(MPGraphError, TypeError):
+    """A converted module was called with arguments that its ``forward`` does not take."""
 
 
 class VerificationError(MPGraphError, AssertionError):
@@ -29,5 +29,5 @@ class VerificationError(MPGraphError, AssertionError):
     def __init__(self, message: str) -> None:
         super().__init__(
             f"{message}\nThis is a bug in mpgraph, not in your model. Please report it with the "
-            f"output of `print(mpgraph.text(model))`."
+            "traceback and the smallest model that shows it."
         )

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from mpgraph import ir
+from mpgraph.plain import STATE
 
 _TORCH_NAMES: dict[Any, str] = {
     torch.strided: "strided",
@@ -131,18 +132,23 @@ def text(model: Any) -> str:
     """The rewritten graphs of a converted model (or one fx graph) as text.
 
     Args:
-        model: A converted module that has run or was given ``example_inputs``, an
-            ``fx.GraphModule`` or an ``fx.Graph``.
+        model: A converted module that has run or was given ``example_inputs``, a model or wrapper
+            with one in it, an ``fx.GraphModule`` or an ``fx.Graph``.
+
+    Raises:
+        MPGraphError: As :func:`mpgraph.explain`.
     """
     if isinstance(model, fx.Graph):
         return format_graph(model)
-    if isinstance(model, fx.GraphModule):
+    if isinstance(model, fx.GraphModule) and STATE not in vars(model):
         return "\n\n".join(_bodies(model))
-    from mpgraph.module import state_of
+    from mpgraph.finding import captured_state
+    from mpgraph.report.build import sources_of
 
     return "\n\n".join(
-        f"# {entry.label}\n" + "\n\n".join(_bodies(entry.graph_module))
-        for entry in state_of(model).specialisations()
+        f"# {source.label}\n" + "\n\n".join(_bodies(source.graph_module))
+        for entry in captured_state(model).specialisations()
+        for source in sources_of(entry)
     )
 
 

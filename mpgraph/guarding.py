@@ -5,21 +5,22 @@ from __future__ import annotations
 import functools
 import sys
 import types
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from mpgraph.errors import PrecisionError
+from mpgraph.finding import converted_modules
 from mpgraph.finite import find_non_finite, gradients_of
 from mpgraph.loss_scale import CurrentScale, LossScale
-from mpgraph.module import MixedPrecision, state_of
+from mpgraph.module import state_of
 from mpgraph.ranges.skips import OnFloor, SkippedSteps
 from mpgraph.snapshot import Snapshot, evaluates_closure_first
 from mpgraph.unguarded import shares_parameters
+from mpgraph.warn import warn
 
 O = TypeVar("O", bound=Optimizer)  # noqa: E741
 _KEY = "mpgraph"
@@ -80,7 +81,9 @@ def guard(
             f"guard takes the optimizer first, then the models: expected a torch.optim.Optimizer, "
             f"found {type(optimizer).__name__}"
         )
-    converted = dict.fromkeys(inner for model in models for inner in _converted(model))
+    converted = dict.fromkeys(
+        inner for model in models for inner in converted_modules(model, "fp16").values()
+    )
     guarded = [model for model in converted if state_of(model).settings.scaled]
     _check(optimizer, models, guarded, max_grad_norm, check_finite)
     for model in guarded:
@@ -91,22 +94,6 @@ def guard(
     skips = SkippedSteps(guarded, blame=blame, after=blame_after, on_floor=on_floor)
     _Guard(optimizer, guarded, max_grad_norm, process_group, skips).install()
     return optimizer
-
-
-def _converted(model: nn.Module) -> list[nn.Module]:
-    """The converted modules in a model, a wrapper such as DistributedDataParallel included."""
-    found = list(_outermost(model))
-    if not found:
-        state_of(model)  # says that nothing was converted, and what to do
-    return found
-
-
-def _outermost(model: Any) -> Iterator[nn.Module]:
-    if isinstance(model, MixedPrecision):
-        yield cast(nn.Module, model)
-    elif isinstance(model, nn.Module):
-        for child in model.children():
-            yield from _outermost(child)
 
 
 def _check(
@@ -248,10 +235,9 @@ class _Guard:
         scales = list(self.scales())
         if saved is None:
             if scales:
-                warnings.warn(
-                    "mpgraph: this optimizer state was saved without mpgraph.guard, so it holds no "
-                    "loss scale. The scale stays as it is.",
-                    stacklevel=4,
+                warn(
+                    "this optimizer state was saved without mpgraph.guard, so it holds no "
+                    "loss scale. The scale stays as it is."
                 )
             return
         if len(saved["scales"]) != len(scales):

@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import inspect
 import threading
 import traceback
 import types
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -24,12 +22,14 @@ from mpgraph.gather import gatherer
 from mpgraph.loss_scale import CurrentScale, LossScale
 from mpgraph.module_tree import ModuleTree
 from mpgraph.pipeline import PassContext, PassReport
+from mpgraph.plain import STATE
 from mpgraph.policy import Policy
 from mpgraph.precision import Precision
+from mpgraph.signature import Signature
 from mpgraph.structure import Spec, flatten, same_leaves, unflatten
+from mpgraph.warn import warn
 from mpgraph.weights import WeightCopies
 
-STATE = "_mpgraph"
 _local = threading.local()
 _capture_lock = threading.RLock()
 
@@ -129,14 +129,18 @@ def _make_class(original: type[nn.Module]) -> type[Any]:
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return vars(self)[STATE].call(self, args, kwargs)
+        # A slice of a converted Sequential has its class, but was never converted itself.
+        state = vars(self).get(STATE) or state_of(self)
+        return state.call(self, args, kwargs)
 
-    namespace = {"forward": forward, "__module__": original.__module__, "__doc__": original.__doc__}
-    return type(f"MixedPrecision{original.__name__}", (MixedPrecision, original), namespace)
+    # By the user's name: printed models, errors and saved configs are to say what they said.
+    copied = ("__module__", "__qualname__", "__doc__")
+    namespace = {"forward": forward, **{name: getattr(original, name) for name in copied}}
+    return type(original.__name__, (MixedPrecision, original), namespace)
 
 
-def state_of(model: Any) -> State:
-    """The conversion state of a converted module.
+def state_of(model: Any, precision: str = "bf16") -> State:
+    """The conversion state of a converted module; ``precision`` is for the error's advice.
 
     Raises:
         MPGraphError: The module was not converted.
@@ -145,7 +149,7 @@ def state_of(model: Any) -> State:
     if not isinstance(state, State):
         raise MPGraphError(
             f"expected a module from mpgraph.convert, found {type(model).__name__}. "
-            "Convert it first: model = mpgraph.convert(model, 'bf16')"
+            f"Convert it first: model = mpgraph.convert(model, {precision!r})"
         )
     return state
 
@@ -167,7 +171,7 @@ class State:
     def _reset(self) -> None:
         self._by_key: dict[Any, list[Any]] = {}
         self._tree: ModuleTree | None = None
-        self._signature: _Signature | None = None
+        self._signature: Signature | None = None
         self._said: set[str] = set()
         self.dynamo: Any = None
 
@@ -220,7 +224,7 @@ class State:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._signature is None:
-            self._signature = _Signature(self.original_forward(), type(model).__name__)
+            self._signature = Signature(self.original_forward(), type(model).__name__)
         return self._signature.bind(args, kwargs)
 
     def _find(self, model: nn.Module, leaves: list[Any], spec: Spec) -> Any:
@@ -277,14 +281,15 @@ class State:
         count, limit = len(self.specialisations()), self.settings.max_graphs
         if count >= limit:
             raise CaptureError(
-                f"this model was captured {count} times, for as many kinds of call; the limit is "
+                f"this model was captured {times(count)}, for as many kinds of call; the limit is "
                 f"{limit}. mpgraph.explain(model) lists them. Pad inputs to fewer shapes, pass "
                 "changing numbers as tensors, or raise max_graphs in mpgraph.convert."
             )
         if count == limit // 2:
             self.say(
-                f"this model has been captured {count} times for different kinds of call "
-                "(mpgraph.explain lists them); every new kind costs a capture."
+                f"this model has been captured {times(count)}, for as many kinds of call, and at "
+                f"most {limit} are allowed (max_graphs); mpgraph.explain(model) lists them. Every "
+                "new kind costs a capture."
             )
 
     def _say_autocast(self) -> None:
@@ -297,7 +302,12 @@ class State:
         """Warn once per module."""
         if message not in self._said:
             self._said.add(message)
-            warnings.warn(f"mpgraph: {message}", stacklevel=6)
+            warn(message)
+
+
+def times(count: int) -> str:
+    """``once``, ``twice``, ``3 times``."""
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
 class capturing:
@@ -316,82 +326,6 @@ def _describe(leaf: Any) -> tuple[Any, ...]:
         gradient = (leaf.requires_grad, leaf.is_leaf)
         return type(leaf), leaf.dtype, leaf.dim(), leaf.device, gradient, leaf.is_contiguous()
     return (type(leaf),)
-
-
-class _Signature:
-    """Arguments in one canonical form: whatever has a name by name, defaults left out."""
-
-    def __init__(self, forward: Callable[..., Any], owner: str) -> None:
-        self.owner = owner
-        signature = inspect.signature(forward)
-        parameters = list(signature.parameters.values())
-        bound = inspect.ismethod(forward)
-        self.parameters = parameters if bound else parameters[1:]
-        self.signature = signature.replace(parameters=self.parameters)
-        kinds = {p.kind for p in self.parameters}
-        self.names = [p.name for p in self.parameters]
-        self.defaults = {
-            p.name: p.default for p in self.parameters if p.default is not inspect.Parameter.empty
-        }
-        self.required = [
-            p.name
-            for p in self.parameters
-            if p.default is inspect.Parameter.empty
-            and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        ]
-        # *args and positional-only arguments keep their places.
-        self.by_name = not kinds & {
-            inspect.Parameter.VAR_POSITIONAL,
-            inspect.Parameter.POSITIONAL_ONLY,
-        }
-        self.open = inspect.Parameter.VAR_KEYWORD in kinds
-
-    def bind(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if not self.by_name:
-            self._check(args, kwargs)
-            return args, kwargs
-        if len(args) > len(self.names) or not self._is_complete(args, kwargs):
-            self._check(args, kwargs)
-        merged = dict(zip(self.names, args, strict=False))
-        merged.update(kwargs)
-        defaults = self.defaults
-        return (), {
-            name: merged[name]
-            for name in (*self.names, *merged)
-            if name in merged
-            and not (name in defaults and _is_default(merged[name], defaults[name]))
-        }
-
-    def _is_complete(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        given = self.names[: len(args)]
-        if any(name in kwargs for name in given):
-            return False
-        if not self.open and any(name not in self.names for name in kwargs):
-            return False
-        return all(name in kwargs or name in given for name in self.required)
-
-    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        try:
-            self.signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise CallError(
-                f"{self.owner}.forward{self.signature}: {error}. "
-                f"Found {len(args)} positional arguments and {sorted(kwargs) or 'no keywords'}."
-            ) from None
-
-
-class CallError(MPGraphError, TypeError):
-    """A converted module was called with arguments that its forward does not take."""
-
-
-def _is_default(value: Any, default: Any) -> bool:
-    return value is default or (
-        isinstance(value, (bool, int, float, str))
-        and type(value) is type(default)
-        and value == default
-    )
 
 
 def make_specialisation(
@@ -423,9 +357,13 @@ def add_place(error: Exception, gm: torch.fx.GraphModule) -> None:
         if frame.filename.startswith("<eval_with_key>") and name in names:
             node = names[name]
             note = f"mpgraph: in node %{name} ({node.target}), from {ir.source_line(node)}"
-            # BaseException.add_note came with Python 3.11; this is what it does.
-            vars(error).setdefault("__notes__", []).append(note)
+            add_note(error, note)
             return
+
+
+def add_note(error: Exception, note: str) -> None:
+    """As ``BaseException.add_note``, which came with Python 3.11."""
+    vars(error).setdefault("__notes__", []).append(note)
 
 
 def _restoring_grad_mode(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,13 +12,13 @@ from torch import nn
 from mpgraph import ir
 from mpgraph.code_state import CodeState
 from mpgraph.errors import PrecisionError
+from mpgraph.plain import MODULE_STATE, PLAIN
 
-_PLAIN = (
-    type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device,
+_READ = (
+    *PLAIN, torch.dtype, torch.device,
     types.FunctionType, types.BuiltinFunctionType, types.MethodType,
 )  # fmt: skip
 _OPEN = (nn.Module, torch.Tensor, type, types.ModuleType)
-_INTERNAL = frozenset(vars(nn.Module())) | {"_mpgraph"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # How far into plain objects (a model's config, and the configs inside it) attributes are read.
 _DEPTH = 2
@@ -88,7 +88,7 @@ class ModuleTree:
         self._tables = owners
         self._sizes = [len(table) for table in owners]
         self._class_sizes = [len(table) for table in self.code.tables]
-        self._plain = list(_places(owners, lambda v: isinstance(v, _PLAIN)))
+        self._plain = list(_places(owners, lambda v: isinstance(v, _READ)))
         self._plain += [(table, name) for table, name, _ in self.code.places]
         self._lists = list(_places(owners, _is_plain_list))
         # The root's own hooks run around the graph, not in it.
@@ -121,8 +121,8 @@ def _tables_of(modules: list[nn.Module]) -> Iterator[dict[str, Any]]:
         seen.add(id(table))
         yield table
         if depth < _DEPTH:
-            values = [v for k, v in list(table.items()) if k not in _INTERNAL]
-            todo += [(v, depth + 1) for v in values if not isinstance(v, (*_PLAIN, *_OPEN))]
+            values = [v for k, v in list(table.items()) if k not in MODULE_STATE]
+            todo += [(v, depth + 1) for v in values if not isinstance(v, (*_READ, *_OPEN))]
 
 
 def _places(
@@ -130,13 +130,13 @@ def _places(
 ) -> Iterator[tuple[dict[str, Any], str]]:
     for table in tables:
         for key, value in table.items():
-            if key not in _INTERNAL and wanted(value):
+            if key not in MODULE_STATE and wanted(value):
                 yield table, key
 
 
 def _is_plain_list(value: Any) -> bool:
     return isinstance(value, (list, tuple, set, frozenset)) and all(
-        isinstance(item, (*_PLAIN, torch.Tensor)) for item in value
+        isinstance(item, (*_READ, torch.Tensor)) for item in value
     )
 
 

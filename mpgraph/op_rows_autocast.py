@@ -65,18 +65,20 @@ _CUDA_LOWER = rows(
     """,
 )
 
-CUDA_BUILDS_ONLY: Rows = rows(
-    Rule.LOWER, "torch.autocast's own kernel for cuDNN recurrent layers", "_cudnn_rnn"
-)
+# ATen's cudnn/AutocastRNN.cpp casts to at::kHalf, whatever dtype torch.autocast was given.
+_CUDNN_RECURRENT = "torch.autocast runs cuDNN's recurrent layers in fp16, also where bf16 is asked"
+
+CUDA_BUILDS_ONLY: Rows = rows(Rule.LOWER, _CUDNN_RECURRENT, "_cudnn_rnn", dtype="fp16")
 """Rows whose autocast kernel exists only in torch builds with CUDA."""
 
 CUDA_RECURRENT: Rows = rows(
     Rule.LOWER,
-    "torch.autocast lowers cuDNN's kernel inside, weights and states included",
+    _CUDNN_RECURRENT,
     """
     lstm.input lstm.data gru.input gru.data rnn_tanh.input rnn_tanh.data rnn_relu.input
     rnn_relu.data
     """,
+    dtype="fp16",
 )
 """Composites that stay whole on CUDA: cuDNN's kernel cannot be traced inside them."""
 
@@ -130,7 +132,10 @@ _CUDA_REFUSE = rows(
 )
 
 SINCE: dict[str, tuple[int, int]] = {"aten.rms_norm.default": (2, 12)}
-"""The release of torch in which an operator came onto autocast's lists, if after 2.11."""
+"""The release of torch in which an operator came onto autocast's lists, if after 2.11.
+
+Before, torch.autocast cast nothing in it: it is left alone, composite or not.
+"""
 
 AUTOCAST_CPU: Rows = table(_CPU_LOWER, _CPU_WIDEN, _CPU_PROMOTE)
 AUTOCAST_CUDA: Rows = table(
@@ -142,6 +147,9 @@ AUTOCAST_CUDA: Rows = table(
     _CUDA_PROMOTE,
     _CUDA_REFUSE,
 )
+
+OPENED: frozenset[str] = frozenset({"aten.affine_grid_generator.default"})
+"""No composites for autograd, but torch.autocast casts around the matrix product inside."""
 
 SAFE_COMPOSITES_CPU: frozenset[str] = frozenset(
     rows(

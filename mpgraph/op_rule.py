@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 class Rule(enum.Enum):
@@ -36,25 +37,25 @@ class OpRule:
             the call already has a ``dtype``, it is left alone.
         append_dtype: Switch to the overload that takes a ``dtype``, with float32 as its last
             argument (``norm``).
+        dtype: ``"fp16"`` for a LOWER that runs in it whatever the policy's compute dtype is.
     """
 
     rule: Rule
     reason: str
     set_dtype: bool = False
     append_dtype: bool = False
+    dtype: str | None = None
 
 
 Rows = Mapping[str, OpRule]
 
 
-def rows(
-    rule: Rule, reason: str, ops: str, *, set_dtype: bool = False, append_dtype: bool = False
-) -> dict[str, OpRule]:
+def rows(rule: Rule, reason: str, ops: str, **options: Any) -> dict[str, OpRule]:
     """Return one row per operator in ``ops``, e.g. ``"exp sum sum.dim_IntList"``.
 
-    A name without an overload means ``aten.<name>.default``.
+    A name without an overload means ``aten.<name>.default``. ``options`` are those of ``OpRule``.
     """
-    row = OpRule(rule, reason, set_dtype, append_dtype)
+    row = OpRule(rule, reason, **options)
     return {_full_name(op): row for op in ops.split()}
 
 

@@ -21,6 +21,7 @@ from mpgraph.op_rows_autocast import (
     AUTOCAST_CPU,
     AUTOCAST_CUDA,
     CUDA_RECURRENT,
+    OPENED,
     SAFE_COMPOSITES_CPU,
     SAFE_COMPOSITES_CUDA,
     SINCE,
@@ -64,11 +65,8 @@ def _left_alone(listed: Rows, safe_composites: frozenset[str]) -> dict[str, OpRu
     A composite operator gets one only if it is safe. The others are opened, because
     torch.autocast casts something inside them.
     """
-    return {
-        op: _LEFT_ALONE
-        for op in DEFAULT
-        if op not in listed and (op not in COMPOSITES or op in safe_composites)
-    }
+    opened = (COMPOSITES | OPENED) - safe_composites - SINCE.keys()
+    return {op: _LEFT_ALONE for op in DEFAULT if op not in listed and op not in opened}
 
 
 PRESETS: Mapping[str, Mapping[str, OpRule]] = MappingProxyType(

@@ -79,13 +79,13 @@ SCALE = _define("scale", _multiply)
 def _is_plain(x: torch.Tensor) -> bool:
     """Whether nothing but the kernel would see a call of the operator on ``x``."""
     return (
-        type(x) in _PLAIN
+        type(x) in _TENSORS
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
     )
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def _remember(ctx: Any, x: torch.Tensor, scale: torch.Tensor) -> None:

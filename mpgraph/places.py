@@ -8,12 +8,18 @@ import torch
 
 # Whole folders, not names: a user's own path may well contain "/torch/" or "/mpgraph/".
 _PACKAGE = Path(__file__).parent
-_FOREIGN = tuple(
+_FOLDERS = tuple(
     f"{folder}/"
     for folder in {Path(torch.__file__).parent, _PACKAGE, (_PACKAGE / "passes").resolve()}
 )
+_GENERATED = ("<eval_with_key>", "<frozen ")
+
+
+def is_foreign(filename: str) -> bool:
+    """Whether a file is torch's or mpgraph's, or code that they have generated."""
+    return filename.startswith((*_GENERATED, *_FOLDERS))
 
 
 def is_users(filename: str) -> bool:
-    """Whether a file is the user's own: not torch's, not mpgraph's, not generated."""
-    return not filename.startswith(("<", *_FOREIGN))
+    """Whether a file is the user's own, and can be read: not what was typed at a prompt."""
+    return not filename.startswith("<") and not is_foreign(filename)

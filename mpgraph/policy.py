@@ -7,10 +7,9 @@ one; they compare, round-trip through TOML and print as one line. Nothing here i
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +17,9 @@ from typing import Any
 
 from mpgraph import policy_text
 from mpgraph.errors import PolicyError
+from mpgraph.idle_overrides import advice, why_idle
 from mpgraph.op_table import MOVES_DATA, PRESETS, OpRule, Rule, rule_for
-from mpgraph.policy_glob import matches_op, module_glob, name_glob, op_names
+from mpgraph.policy_glob import matches_op, module_glob, name_glob, near_misses
 from mpgraph.whole_files import write_whole
 
 RUN_VALUES = ("fp32", "compute", "bf16", "fp16", "follow")
@@ -35,7 +35,7 @@ class RuleChoice:
         rule: What happens to the node's inputs.
         reason: Why, from the operator table or the override.
         source: ``"preset default"``, ``"override 2: module=decoder.*"`` or ``"no row: ..."``.
-        dtype: ``"bf16"`` or ``"fp16"`` where an override names the dtype of a LOWER, else None.
+        dtype: ``"bf16"`` or ``"fp16"`` where an override or a row names the dtype of a LOWER.
         set_dtype: See ``OpRule``.
         append_dtype: See ``OpRule``.
     """
@@ -97,6 +97,10 @@ class Override:
         """Return the selectors that are set, ``run``, and the reason if there is one."""
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         return {name: value for name, value in values if value is not None and value != ""}
+
+    def selectors(self) -> dict[str, str]:
+        """Return the selectors that are set."""
+        return {key: value for key, value in self.to_dict().items() if key in _SELECTORS}
 
     def matches(self, op: str, module_path: str, node_name: str) -> bool:
         """Whether every selector matches the node."""
@@ -221,25 +225,28 @@ class Policy:
         override = Override(op=op, module=module, node=node, run=run, reason=reason)
         return replace(self, overrides=(*self.overrides, override))
 
-    def check_overrides(self, nodes: Iterable[tuple[str, str, str]]) -> None:
+    def check_overrides(
+        self, nodes: Iterable[tuple[str, str, str]], modules: Collection[str] = ()
+    ) -> None:
         """Raise where an override matches none of the nodes, and name near misses.
 
         Args:
             nodes: ``(op, module_path, node_name)`` of every node of the graph.
+            modules: The paths of all modules of the model, those that compute nothing as well.
         """
-        if not self.overrides:
-            return
-        seen = list(nodes)
-        idle = [
-            f"override {number} ({override}) matches nothing: {_why_idle(override, seen)}"
+        seen = list(nodes) if self.overrides else []
+        idle = {
+            number: override
             for number, override in enumerate(self.overrides, start=1)
             if not any(override.matches(*node) for node in seen)
-        ]
+        }
         if idle:
-            raise PolicyError(
-                "\n".join(idle) + "\nCorrect the override or remove it; mpgraph.explain(model) "
-                "lists every operator, module and node."
-            )
+            lines = [
+                f"override {number} ({override}) matches nothing: "
+                f"{why_idle(override.selectors(), seen, modules)}."
+                for number, override in idle.items()
+            ]
+            raise PolicyError("\n".join([*lines, advice(o.selectors() for o in idle.values())]))
 
     def diff(self, other: Policy) -> list[str]:
         """Return what changes from this policy to ``other``, one line each."""
@@ -334,6 +341,7 @@ def _from_row(row: OpRule, preset: str) -> RuleChoice:
         row.rule,
         row.reason,
         f"preset {preset}",
+        dtype=row.dtype,
         set_dtype=row.set_dtype,
         append_dtype=row.append_dtype,
     )
@@ -341,12 +349,11 @@ def _from_row(row: OpRule, preset: str) -> RuleChoice:
 
 def _overridden(override: Override, number: int, row: OpRule | None) -> RuleChoice:
     run = override.run
-    selectors = {k: v for k, v in override.to_dict().items() if k in _SELECTORS}
     because = f": {override.reason}" if override.reason else ""
     return RuleChoice(
         _override_rule(run, row),
         f"the policy says {run}{because}",
-        f"override {number}: {policy_text.override_line(selectors)}",
+        f"override {number}: {policy_text.override_line(override.selectors())}",
         dtype=run if run in ("bf16", "fp16") else None,
         set_dtype=run == "fp32" and row is not None and row.set_dtype,
         append_dtype=run == "fp32" and row is not None and row.append_dtype,
@@ -385,32 +392,9 @@ def _summary(preset: str, op: str) -> str:
     return row.rule.value + " by dtype=" * (row.set_dtype or row.append_dtype)
 
 
-def _why_idle(override: Override, nodes: list[tuple[str, str, str]]) -> str:
-    """Say which selector matches nothing, with the names that come close to it."""
-    seen = {
-        "op": {name for op, _, _ in nodes for name in op_names(op)},
-        "module": {path for _, module, _ in nodes for path in _module_and_parents(module)},
-        "node": {name for _, _, name in nodes},
-    }
-    for key, value in override.to_dict().items():
-        if key in seen and not any(Override(**{key: value}).matches(*node) for node in nodes):
-            return f"there is no {key} {value!r}{_near(value, seen[key])}"
-    return "each selector matches some node, but no node matches all of them"
-
-
-def _module_and_parents(path: str) -> list[str]:
-    segments = path.split(".")
-    return [".".join(segments[: end + 1]) for end in range(len(segments))]
-
-
-def _near(value: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(value, sorted(names), n=3, cutoff=0.5)
-    return f"; close to it: {', '.join(map(repr, close))}" if close else ""
-
-
 def _check_value(key: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        near = _near(value, allowed) if isinstance(value, str) else ""
+        near = near_misses(value, allowed) if isinstance(value, str) else ""
         raise PolicyError(f"{key} must be one of {', '.join(allowed)}, found {value!r}{near}")
 
 
@@ -419,7 +403,7 @@ def _check_keys(what: str, values: Mapping[str, Any], allowed: tuple[str, ...]) 
         if key not in allowed:
             raise PolicyError(
                 f"unknown key {key!r} in the {what}: expected {', '.join(allowed)}"
-                f"{_near(str(key), allowed)}"
+                f"{near_misses(str(key), allowed)}"
             )
 
 

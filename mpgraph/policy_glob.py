@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import functools
 import re
+from collections.abc import Iterable
 
 _WILDCARDS = re.compile(r"(\*|\?|\[[^\]]+\])")
 
@@ -46,6 +48,18 @@ def matches_op(pattern: str, op: str) -> bool:
     """Whether ``pattern`` matches one of the operator's names."""
     regex = name_glob(pattern)
     return any(regex.fullmatch(name) for name in op_names(op))
+
+
+def with_parents(path: str) -> list[str]:
+    """``a``, ``a.b`` and ``a.b.c`` for ``a.b.c``."""
+    segments = path.split(".")
+    return [".".join(segments[: end + 1]) for end in range(len(segments))]
+
+
+def near_misses(value: str, names: Iterable[str]) -> str:
+    """``; close to it: 'softmax'``, or "" where nothing comes close."""
+    close = difflib.get_close_matches(value, sorted(names), n=3, cutoff=0.5)
+    return f"; close to it: {', '.join(map(repr, close))}" if close else ""
 
 
 def _segment(pattern: str) -> str:

@@ -65,6 +65,11 @@ def from_line(line: str) -> dict[str, Any]:
     for key, value in _tokens(line):
         if key == ";":
             statements.append({})
+        elif key == "preset" and (len(statements) > 1 or statements[0]):
+            raise PolicyError(
+                f"cannot read {value!r} in the policy {line!r}: after the preset, an override is "
+                "written with its selectors' names, as in 'default; module=head run=fp32'"
+            )
         elif key in statements[-1]:
             raise PolicyError(f"{key!r} is given twice in one part of the policy {line!r}")
         else:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-import warnings
 from typing import Any
 
 import torch
 
 from mpgraph.errors import PrecisionError
+from mpgraph.warn import warn
 
 logger = logging.getLogger("mpgraph")
 
@@ -71,10 +71,9 @@ def _automatic(device: str) -> str:
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device == "cpu" and not _cpu_has_bf16():
-        warnings.warn(
-            "mpgraph: this CPU has no 16-bit instructions (avx512_bf16, amx or the Arm "
-            "equivalent); bf16 is emulated and may be slower than float32.",
-            stacklevel=5,
+        warn(
+            "this CPU has no 16-bit instructions (avx512_bf16, amx or the Arm "
+            "equivalent); bf16 is emulated and may be slower than float32."
         )
     return "bf16"
 

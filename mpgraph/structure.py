@@ -19,10 +19,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from mpgraph.plain import PLAIN
+
 LEAF_TYPES = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 PLAIN_TYPES = (
-    type(None), bool, int, float, complex, str, bytes, type, range,
-    torch.dtype, torch.device, torch.layout, torch.memory_format, enum.Enum,
+    *PLAIN, type, range, torch.dtype, torch.device, torch.layout, torch.memory_format, enum.Enum,
 )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mpgraph.module import MixedPrecision, state_of
+from mpgraph.warn import warn
 
 _unguarded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -37,12 +37,10 @@ def say_unguarded(optimizer: Optimizer, *_: Any) -> None:
             _unguarded.discard(model)
         elif state_of(model).scale.was_read and shares_parameters(optimizer, model):
             _unguarded.discard(model)
-            name = type(model).__name__.removeprefix("MixedPrecision")
-            warnings.warn(
-                f"mpgraph: {name} trains in fp16 without a guard: a gradient that overflows goes "
-                "into its parameters, and the loss scale never moves. After making the optimizer, "
-                "call mpgraph.guard(optimizer, model).",
-                stacklevel=3,
+            warn(
+                f"{type(model).__name__} trains in fp16 without a guard: a gradient that "
+                "overflows goes into its parameters, and the loss scale never moves. After making "
+                "the optimizer, call mpgraph.guard(optimizer, model)."
             )
 
 

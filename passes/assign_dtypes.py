@@ -213,8 +213,7 @@ def _dtypes(value: Any) -> tuple[torch.dtype, ...]:
 def _decision(node: fx.Node, choice: RuleChoice, compute: torch.dtype | None) -> ir.Decision:
     decide = functools.partial(ir.Decision, choice.rule, reason=choice.reason, source=choice.source)
     inputs = _eligible_dtypes(node)
-    lowered = ir.LONG_NAMES[choice.dtype] if choice.dtype else compute
-    dtype = _run_dtype(choice.rule, lowered, inputs)
+    dtype = _run_dtype(choice.rule, _lowered(choice, compute), inputs)
     if dtype is None or not inputs or ir.is_mutating(node):
         return decide(dtype=None)
     for statistics in ir.running_statistics(node):
@@ -224,6 +223,16 @@ def _decision(node: fx.Node, choice: RuleChoice, compute: torch.dtype | None) ->
     if choice.set_dtype or choice.append_dtype:
         return decide(dtype=None, argument=None if _has_dtype(node) else dtype)
     return decide(dtype=dtype)
+
+
+def _lowered(choice: RuleChoice, compute: torch.dtype | None) -> torch.dtype | None:
+    """The dtype of a LOWER: the model's own, unless the choice names another.
+
+    What an override names holds in a float32 model too; a preset lowers nothing there.
+    """
+    if choice.dtype is None or (compute is None and choice.source.startswith("preset")):
+        return compute
+    return ir.LONG_NAMES[choice.dtype]
 
 
 def _one_dtype(node: fx.Node, decision: ir.Decision) -> ir.Decision | None:

@@ -15,10 +15,12 @@ from torch.utils import _pytree as pytree
 
 from mpgraph import ir
 from mpgraph.infer import fake_mode_of
+from mpgraph.op_rows_autocast import OPENED
 from mpgraph.op_table import Rule, rule_for
 from mpgraph.pipeline import NeedsStaticShapes, PassContext, graph_pass
 
-_COMPOSITE = DispatchKey.CompositeImplicitAutograd
+_IMPLICIT = DispatchKey.CompositeImplicitAutograd
+_EXPLICIT = DispatchKey.CompositeExplicitAutograd
 _DECIDING = frozenset({Rule.LOWER, Rule.WIDEN, Rule.PROMOTE, Rule.REFUSE})
 
 
@@ -43,7 +45,7 @@ def _may_hide_rules(node: fx.Node, context: PassContext) -> bool:
     target = cast(OpOverload, node.target)
     return (
         not target._schema.is_mutable
-        and target.has_kernel_for_dispatch_key(_COMPOSITE)
+        and (target.has_kernel_for_dispatch_key(_IMPLICIT) or str(target) in OPENED)
         and _rule(node, context) is None
     )
 
@@ -83,11 +85,12 @@ def trace_composite(node: fx.Node, context: PassContext) -> fx.GraphModule:
     map_arg((node.args, node.kwargs), lambda n: nodes.append(n) or n)  # type: ignore[func-returns-value]
     values = [n.meta["captured"] for n in nodes]
     positions = {n: i for i, n in enumerate(nodes)}
+    key = _EXPLICIT if str(target) in OPENED else _IMPLICIT
 
     def run(*leaves: Any) -> Any:
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: leaves[positions[n]])
         with torch._C.DisableTorchFunction():
-            return target._op_dk(_COMPOSITE, *args, **kwargs)
+            return target._op_dk(key, *args, **kwargs)
 
     try:
         with fake_mode_of(values), context.autocast(ir.region_of(node)):

@@ -87,9 +87,14 @@ def test_a_forbidden_dtype() -> None:
 def test_a_dtype_that_does_not_exist_cannot_be_forbidden() -> None:
     message = failure(report(), forbid={"linear": "float61"})
     assert message == (
-        "forbid takes bf16, fp16, fp32, fp64, found 'float61'; close to it: 'float16', "
-        "'bfloat16', 'float32'"
+        "forbid takes bf16, fp16, fp32, fp64, found 'float61'; close to it: 'fp64', 'fp16', 'fp32'"
     )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "torch.bfloat16", torch.bfloat16], ids=repr)
+def test_a_dtype_by_its_long_name_is_answered_with_the_short_one(dtype: Any) -> None:
+    message = failure(report(), forbid={"linear": dtype})
+    assert f"found {dtype!r}; close to it: 'bf16'" in message
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mpgraph
 from mpgraph import CaptureError
-from mpgraph.capture import compiled, dynamo_settings, lower
+from mpgraph.capture import compiled, dynamo_settings, engines, lower
 from mpgraph.capture.keep import CannotLower
 from mpgraph.module import state_of
 from mpgraph.pipeline import NeedsStaticShapes
@@ -864,15 +865,17 @@ class WrongShape(TwoLayers):
         return F.linear(self.first(x), torch.ones(3, 5))
 
 
-@pytest.mark.parametrize("capture", ["auto", "dynamo"])
-def test_an_error_of_the_model_names_its_message_and_line(capture):
+@pytest.mark.parametrize("capture", ["auto", "export", "dynamo"])
+def test_an_error_of_the_model_is_the_one_of_eager_torch(capture):
     model = mpgraph.convert(WrongShape(), "bf16", capture=capture)
-    with pytest.raises(CaptureError) as caught:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
         model(torch.randn(4, 8))
-    text = str(caught.value)
-    assert "the model's own forward fails" in text
-    assert "reduction dim" in text or "cannot be multiplied" in text
-    assert "F.linear(self.first(x), torch.ones(3, 5))" in text
+    assert type(caught.value) is RuntimeError
+    (note,) = caught.value.__notes__
+    assert "F.linear(self.first(x), torch.ones(3, 5))" in note
+    printed = "".join(traceback.format_exception(caught.value))
+    assert printed.count("RuntimeError") == 1
+    assert "torch/_dynamo" not in printed
 
 
 class Refuses(TwoLayers):
@@ -896,13 +899,60 @@ def test_an_exception_of_the_model_stays_what_it_is(capture):
     assert model(torch.randn(4, 8)).dtype is torch.bfloat16
 
 
+def test_an_exception_of_the_model_is_no_refusal_of_export():
+    class Picky(TwoLayers):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("too many rows") from KeyError("rows")
+
+    model = mpgraph.convert(Picky(), "bf16", capture="export")
+    with pytest.raises(ValueError, match="too many rows") as caught:
+        model(torch.randn(6, 8))
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
 def test_a_wrong_argument_does_not_send_the_model_to_dynamo():
     model = mpgraph.convert(nn.Linear(8, 4), "bf16")
     for _ in range(3):
-        with pytest.raises(CaptureError, match=r"the model's own forward fails"):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             model(torch.randn(4, 7))
     assert mpgraph_warnings(lambda: model(torch.randn(4, 8))) == []
     assert [entry.engine for entry in entries(model)][-1] == "export"
+
+
+@pytest.mark.parametrize("capture", ["auto", "export"])
+def test_wrong_example_inputs_are_refused_by_convert(capture):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        mpgraph.convert(
+            nn.Linear(8, 4), "bf16", capture=capture, example_inputs=(torch.randn(4, 7),)
+        )
+
+
+def test_asking_whether_an_error_is_the_models_own_leaves_no_trace(monkeypatch):
+    class Stateful(TwoLayers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(8)
+            self.count = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.count += 1
+            x += random.random()
+            return F.dropout(self.first(self.norm(x)))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("an export that fails in a new way")
+
+    monkeypatch.setattr(engines, "capture_export", fail)
+    model, x = mpgraph.convert(Stateful(), "bf16", capture="export"), torch.ones(4, 8)
+    before = copy.deepcopy(model.state_dict())
+    states = torch.get_rng_state(), random.getstate()
+    with pytest.raises(CaptureError, match="an export that fails in a new way"):
+        model(x)
+    assert model.count == 0
+    assert torch.equal(x, torch.ones(4, 8))
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
 
 
 def test_after_an_exception_of_the_model_the_graphs_run_again():

@@ -400,12 +400,12 @@ def test_a_trace_leaves_torchs_switches_as_they_were():
 
 
 def test_a_failed_capture_puts_back_what_objects_held():
-    def grows_and_fails(m, x):
+    def grows_and_branches(m, x):
         m.holder.count += 1
         m.holder.extra = m.a(x)
-        raise ZeroDivisionError
+        return m.b(x) if m.holder.extra.sum() > 0 else m.c(x)
 
-    model = mpgraph.convert(Layers(grows_and_fails), "bf16", capture="export")
+    model = mpgraph.convert(Layers(grows_and_branches), "bf16", capture="export")
     with pytest.raises(CaptureError):
         model(torch.randn(4, WIDTH))
     assert vars(model.holder).keys() == {"scale", "count"}
@@ -561,7 +561,7 @@ def tries_in_eager_mode(m, x):
 
 
 def test_an_operator_that_forward_lets_fail_is_refused_with_the_way_out():
-    assert "the model's own forward fails" in verdict(tries_and_recovers, "auto")
+    assert "though forward does not" in verdict(tries_and_recovers, "auto")
     with pytest.raises(CaptureError, match=r"catches this error itself.*torch\.compiler\.disable"):
         mpgraph.convert(Layers(tries_and_recovers), "bf16", capture="dynamo")(rows(2).args[0])
     assert verdict(lambda m, x: m.c(tries_in_eager_mode(m, x)), "auto").startswith("bitwise")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mpgraph
-from mpgraph.module import MixedPrecision, state_of
+from mpgraph.module import MixedPrecision, state_of, times
 
 BF16 = torch.bfloat16
 
@@ -475,11 +475,27 @@ def test_kinds_of_call_do_not_grow_without_bound():
     x = torch.randn(2, 4)
     converted(x, 1)
     converted(x, 2)
-    with pytest.warns(UserWarning, match="captured 2 times"):
+    with pytest.warns(UserWarning, match="captured twice, .* at most 4 are allowed"):
         converted(x, 3)
     converted(x, 4)
     with pytest.raises(mpgraph.CaptureError, match="raise max_graphs"):
         converted(x, 5)
+
+
+def test_counts_are_said_in_words():
+    assert [times(count) for count in (1, 2, 3)] == ["once", "twice", "3 times"]
+
+
+def test_an_override_that_matches_nothing_can_be_mended_by_what_the_error_says():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Identity())
+    policy = mpgraph.Policy().pin(module="2").pin(module="1")
+    converted = mpgraph.convert(model, "bf16", policy=policy)
+    expected = (
+        r"there is no module '2'; there are '0', '1'\.\n.*"
+        r"module '1' computes nothing in this call\.\n.*model\.named_modules\(\)\.$"
+    )
+    with pytest.raises(mpgraph.PolicyError, match=expected):
+        converted(torch.randn(2, 8))
 
 
 # --- surroundings ----------------------------------------------------------------------------

@@ -162,6 +162,16 @@ def test_a_converted_model_runs_direct_calls_and_shows_aten_operators():
     assert any(n.target is aten.linear.default for n in entry.graph_module.graph.nodes)
 
 
+def test_a_cast_with_a_memory_format_runs():
+    class Packs(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.to(torch.float64, memory_format=torch.channels_last)
+
+    got = mpgraph.convert(torch.nn.Sequential(torch.nn.Conv2d(4, 2, 1), Packs()), "bf16")(PICTURE)
+    assert got.dtype is torch.float64
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_names_of_nodes_stay():
     gm = make_fx(lambda x: torch.relu(x) + 1, pre_dispatch=True)(M)
     names = [node.name for node in gm.graph.nodes]

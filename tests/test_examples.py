@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import re
 import runpy
@@ -78,6 +79,9 @@ def test_demo_writes_its_table_picture_and_data(tmp_path, monkeypatch, capsys):
 
     printed = capsys.readouterr().out
     assert "ms per step" in printed
+    assert re.search(
+        r"validation loss +fp32 +autocast bf16 +mpgraph bf16\nstep +1( +\d\.\d{4}){3}\n", printed
+    )
     assert "attention" in printed  # the precision report of the first block
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "losses.json").read_text())
@@ -101,6 +105,14 @@ def test_links_between_documents_lead_somewhere(document):
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text())
     missing = [target for target in targets if not (document.parent / target).exists()]
     assert missing == []
+
+
+def test_sessions_in_the_documents_give_what_they_show():
+    session = "".join(blocks(ROOT / "docs" / "precisions.md", "pycon"))
+    test = doctest.DocTestParser().get_doctest(session, {}, "precisions.md", None, 0)
+    result = doctest.DocTestRunner().run(test)
+    assert result.attempted > 25
+    assert result.failed == 0
 
 
 def test_policy_file_in_the_documents_can_be_read():

@@ -240,21 +240,35 @@ def test_overrides_that_match_something_pass_the_check() -> None:
 
 
 @pytest.mark.parametrize(
-    ("selector", "near"),
+    ("selector", "near", "advice"),
     [
-        ({"module": "decoder.layer.*.mlp"}, "'decoder.layers.0.mlp'"),
-        ({"op": "sofmax"}, "'softmax'"),
-        ({"node": "linaer"}, "'linear'"),
-        ({"module": "decoder", "op": "liner"}, "'linear'"),
+        ({"module": "decoder.layer.*.mlp"}, "'decoder.layers.0.mlp'", "model.named_modules()"),
+        ({"op": "sofmax"}, "'softmax'", "convert the model without the override"),
+        ({"node": "linaer"}, "'linear'", "convert the model without the override"),
+        ({"module": "decoder", "op": "liner"}, "'linear'", "model.named_modules()"),
+        ({"module": "zzz"}, "there are 'decoder', ", "model.named_modules()"),
+        ({"op": "zzz"}, "there are 'linear', ", "convert the model without the override"),
     ],
 )
 def test_an_override_that_matches_nothing_is_an_error_with_near_misses(
-    selector: dict[str, str], near: str
+    selector: dict[str, str], near: str, advice: str
 ) -> None:
     with pytest.raises(PolicyError, match=r"override 1 .* matches nothing: there is no") as error:
         Policy().pin(**selector).check_overrides(NODES)
     assert near in str(error.value)
-    assert "mpgraph.explain" in str(error.value)
+    assert advice in str(error.value)
+
+
+def test_near_misses_come_from_the_whole_module_tree() -> None:
+    policy = Policy().pin(module="encoder.layer.0")
+    with pytest.raises(PolicyError, match=r"close to it: 'encoder\.layers\.0'"):
+        policy.check_overrides(NODES, ["encoder", "encoder.layers.0", "decoder"])
+
+
+def test_a_module_that_computes_nothing_is_told_apart_from_one_that_is_not_there() -> None:
+    policy = Policy().pin(module="decoder.drop")
+    with pytest.raises(PolicyError, match=r"module 'decoder\.drop' computes nothing in this call"):
+        policy.check_overrides(NODES, ["decoder", "decoder.drop"])
 
 
 def test_selectors_that_only_match_apart_are_told_so() -> None:
@@ -298,7 +312,10 @@ def any_value(value: Any) -> Any:
         ),
         (lambda: Policy.from_toml("preset = "), "not valid TOML"),
         (lambda: Policy.parse("lean; op=softmax op=exp"), "'op' is given twice"),
-        (lambda: Policy.parse("lean; op="), "cannot read the policy"),
+        (lambda: Policy.parse("lean; op="), "cannot read 'op' in the policy"),
+        (lambda: Policy.parse("lean; ="), "cannot read the policy"),
+        (lambda: Policy.parse("default; head fp32"), "cannot read 'head' .* 'default; module=head"),
+        (lambda: Policy.parse("default head"), "cannot read 'head' .* 'default; module=head"),
         (lambda: Policy.parse('lean; op="\\x"'), "cannot read the quoted text"),
         (lambda: Policy.parse("on_unknown=fp32"), "must start with the name of a preset"),
         (lambda: Policy.coerce("defualt"), "preset must be one of .*close to it: 'default'"),

@@ -58,7 +58,13 @@ class Worker:
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[str]:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            # Asked whether there is a GPU, torch would start CUDA, which survives no fork.
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        }
         with self.log.open("a") as log:
             return subprocess.Popen(
                 [sys.executable, __file__, "worker"],

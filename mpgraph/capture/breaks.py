@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters, graph_break_reasons
 from mpgraph import ir
 from mpgraph.capture.detect import NeedsDynamo
 from mpgraph.capture.kept import UNDER_AUTOCAST
+from mpgraph.capture.reasons import plain_reason
 from mpgraph.errors import CaptureError, MPGraphError, VerificationError
 from mpgraph.places import is_users
 
@@ -114,19 +115,19 @@ _CAUGHT = (
 )
 
 
-def explain_failure(error: Exception, before: str = "") -> Exception:
-    """The error to raise instead of one that came out of a call through Dynamo.
+DYNAMO_ERRORS = (exc.TorchDynamoException, exc.FailOnRecompileLimitHit)
 
-    What the model itself raised in Python comes back as it is. ``before`` says why the export
-    engine did not carry the call.
+
+def explain_failure(error: Exception, before: str = "") -> Exception:
+    """The error to raise instead of one of Dynamo's.
+
+    ``before`` says why the export engine did not carry the call.
     """
     if isinstance(error, exc.BackendCompilerFailed):
         inner = error.inner_exception
         if isinstance(inner, MPGraphError):
             return inner
         return VerificationError(f"a graph from Dynamo could not be rewritten: {first_line(inner)}")
-    if not isinstance(error, exc.TorchDynamoException):
-        return error
     return CaptureError("\n".join(filter(None, [*_account(error), before])))
 
 
@@ -134,7 +135,7 @@ def describe(error: BaseException) -> tuple[str, str]:
     """Why the export engine failed, and the user's line."""
     if isinstance(error, NeedsDynamo):
         return error.reason, error.where
-    return first_line(error), line_of_error(error)
+    return plain_reason(error) or first_line(error), line_of_error(error)
 
 
 def refusal(error: BaseException) -> CaptureError:
@@ -159,5 +160,6 @@ def _account(error: Exception) -> list[str]:
             "mpgraph.convert.",
         ]
     if isinstance(error, exc.TorchRuntimeError) and (got := _GOT.search(str(error))):
-        return [f"the model's own forward fails: {got[1]}: {got[3]}", where, _CAUGHT]
+        said = f"an operator fails under Dynamo, though forward does not: {got[1]}: {got[3]}"
+        return [said, where, _CAUGHT]
     return [f"Dynamo cannot carry this model: {_summary(str(error))}", where, _WAY_OUT]

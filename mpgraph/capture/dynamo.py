@@ -18,15 +18,17 @@ import torch
 from torch import fx, nn
 
 from mpgraph import ir
-from mpgraph.capture.breaks import Break, Watch, describe, explain_failure
+from mpgraph.capture.breaks import DYNAMO_ERRORS, Break, Watch, describe, explain_failure
 from mpgraph.capture.compiled import Call, CompiledGraph, calls, rewritten, runner
 from mpgraph.capture.dynamo_settings import configured
 from mpgraph.capture.kept import repair_checkpoints
 from mpgraph.capture.lower import Graphs
+from mpgraph.capture.own_error import raise_own_error
 from mpgraph.capture.paths import label_placeholders
 from mpgraph.errors import CaptureError, PolicyError
 from mpgraph.module import State, capturing
 from mpgraph.pipeline import PassContext, PassReport
+from mpgraph.structure import flatten
 
 
 @dataclasses.dataclass
@@ -98,6 +100,7 @@ class DynamoEngine:
     def __init__(self, state: State, model: nn.Module, context: PassContext) -> None:
         self.state = state
         self.context = context
+        self.modules = [path for path, _ in model.named_modules()]
         self.paths = {id(p): path for path, p in model.named_parameters()}
         self.modes: set[Any] = set()
         self._announced = False
@@ -109,25 +112,44 @@ class DynamoEngine:
         self, entry: DynamoEntry, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run one call; compile what has not been compiled."""
-        outer, calls.now = calls.now, Call(self.state.weights, self.state.scale)
-        call, watch = calls.now, Watch()
+        call = Call(self.state.weights, self.state.scale)
+        try:
+            result = self._call(call, entry, model, args, kwargs)
+        except Exception as error:
+            _forgive(error)
+            entry.failed = _mode(model) not in self.modes
+            if not isinstance(error, DYNAMO_ERRORS):
+                raise  # the model's own
+            failure = error
+        else:
+            self.modes.add(_mode(model))
+            self._announce(entry, call)
+            return result
+        # Not inside the handler: Dynamo's error would be printed as the cause of the model's own.
+        leaves, spec = flatten((args, kwargs))
+        raise_own_error(self.state, model, leaves, spec, self.context)
+        raise self._translated(failure, entry) from failure
+
+    def _call(
+        self,
+        call: Call,
+        entry: DynamoEntry,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        outer, calls.now = calls.now, call
+        watch = Watch()
         try:
             with (
                 capturing(),
                 configured(self.context.device, self.state.settings.max_graphs),
                 self.context.autocast(),
             ):
-                result = self._run(model, args, kwargs)
-        except Exception as error:
-            _forgive(error)
-            entry.failed = _mode(model) not in self.modes
-            raise self._translated(error, entry) from error
+                return self._run(model, args, kwargs)
         finally:
             calls.now = outer
             entry.note(call, watch.new())
-        self.modes.add(_mode(model))
-        self._announce(entry, call)
-        return result
 
     def _announce(self, entry: DynamoEntry, call: Call) -> None:
         """Say, once, what export could not do; and that a call went past every graph."""
@@ -152,7 +174,7 @@ class DynamoEngine:
             if node.op == "call_function"
         )
         try:
-            self.context.policy.check_overrides(nodes)
+            self.context.policy.check_overrides(nodes, self.modules)
         except PolicyError as error:
             self.state.say(f"in the graphs of the first call, {error}")
 
@@ -216,11 +238,10 @@ def _mode(model: nn.Module) -> Any:
 
 
 def _notice(kind: type, reason: str) -> str:
-    name = kind.__name__.removeprefix("MixedPrecision")
     return (
-        f"torch.export cannot carry {name} faithfully: {reason}. Dynamo carries it instead: every "
-        "graph is rewritten, and what lies between them runs in eager mode under torch.autocast; "
-        "mpgraph.explain(model) lists both. With capture='dynamo' this is not said."
+        f"torch.export cannot carry {kind.__name__} faithfully: {reason}. Dynamo carries it "
+        "instead: every graph is rewritten, and what lies between them runs in eager mode under "
+        "torch.autocast; mpgraph.explain(model) lists both. With capture='dynamo' this is not said."
     )
 
 

@@ -15,6 +15,8 @@ from mpgraph.capture.captured import Captured
 from mpgraph.capture.detect import NeedsDynamo
 from mpgraph.capture.dynamo import DynamoEntry, is_carried, make_entry
 from mpgraph.capture.export import Call, capture_export
+from mpgraph.capture.own_error import raise_own_error
+from mpgraph.capture.reasons import plain_reason
 from mpgraph.capture.undo import undone_on_failure
 from mpgraph.errors import MPGraphError
 from mpgraph.module import Specialisation, State, capturing, make_specialisation
@@ -39,31 +41,38 @@ def capture_call(
     earlier[:] = [entry for entry in earlier if not getattr(entry, "failed", False)]
     if state.settings.capture == "dynamo" or is_carried(state, model):
         return make_entry(state, model, context, label, shapes)
+    failure: BaseException
     try:
         captured, reports = _capture_export(state, model, leaves, spec, names, earlier, context)
     except MPGraphError:
         raise
     except (NeedsDynamo, Exception) as error:
-        if state.settings.capture == "export":
-            raise refusal(error) from error
-        return make_entry(state, model, context, label, shapes, error)
-    check_overrides(state, captured.graph_module)
-    return make_specialisation(model, state, captured, reports, context, label, shapes)
+        failure = error
+    else:
+        check_overrides(state, model, captured.graph_module)
+        return make_specialisation(model, state, captured, reports, context, label, shapes)
+    # Not inside the handler: torch's error would be printed as the cause of the model's own.
+    if not isinstance(failure, NeedsDynamo) and not plain_reason(failure):
+        raise_own_error(state, model, leaves, spec, context)
+    if state.settings.capture == "export":
+        raise refusal(failure) from failure
+    return make_entry(state, model, context, label, shapes, failure)
 
 
-def check_overrides(state: State, *graphs: fx.GraphModule) -> None:
+def check_overrides(state: State, model: nn.Module, *graphs: fx.GraphModule) -> None:
     """Refuse a policy with an override that selects nothing in the first graphs captured.
 
     Later ones may well lack a module (dropout in eval mode) that an override names.
     """
     if not state.specialisations():
-        state.settings.policy.check_overrides(
+        nodes = (
             (ir.operator_name(node), ir.module_path(node), node.name)
             for gm in graphs
             for body in ir.all_graphs(gm)
             for node in body.graph.nodes
             if node.op == "call_function"
         )
+        state.settings.policy.check_overrides(nodes, [path for path, _ in model.named_modules()])
 
 
 def _context(state: State) -> PassContext:

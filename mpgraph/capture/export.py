@@ -31,6 +31,7 @@ from mpgraph.capture.held import Held, held_by, held_by_code, held_in
 from mpgraph.capture.modes import Marks
 from mpgraph.capture.transforms import refuse_transforms
 from mpgraph.code_state import CodeState
+from mpgraph.plain import MODULE_STATE
 from mpgraph.structure import Spec, flatten, leaf_names, opaque_values, same_leaves, unflatten
 
 Forward = Callable[..., Any]
@@ -227,7 +228,7 @@ def _same_containers(model: nn.Module) -> Iterator[None]:
     finally:
         for table, old in before:
             for name, value in old.items():
-                if isinstance(value, (list, dict, set)) and name not in _MODULE_STATE:
+                if isinstance(value, (list, dict, set)) and name not in MODULE_STATE:
                     table[name] = value
 
 
@@ -304,11 +305,10 @@ def _changes(path: str) -> str:
 
 
 def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    attributes = {k: v for k, v in vars(module).items() if k not in _MODULE_STATE}
+    attributes = {k: v for k, v in vars(module).items() if k not in MODULE_STATE}
     return dict(module._buffers), attributes
 
 
-_MODULE_STATE = frozenset(vars(nn.Module()))
 # What torch.nn.RNNBase remembers of its parameters; it renews this at every call.
 _BOOKKEEPING = frozenset({"_flat_weights", "_flat_weight_refs"})
 # transformers installs its output hooks at the first call, and notes that here.
@@ -320,7 +320,7 @@ def _restore(
 ) -> dict[tuple[str, str, bool], Any]:
     changed = {}
     for name in list(current):
-        if not is_buffer and name in _MODULE_STATE:
+        if not is_buffer and name in MODULE_STATE:
             continue
         value, earlier = current[name], old.get(name, _MISSING)
         if value is earlier or _is_same_plain(value, earlier) or name in _KEPT:

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from mpgraph.code_state import CodeState
+from mpgraph.plain import MODULE_STATE, PLAIN
 
 # How far into plain objects one looks: a config, and the configs inside it; a cache of caches.
 _DEPTH_OF_MODULES = 2
 _DEPTH_OF_ARGUMENTS = 6
-_MODULE_STATE = frozenset(vars(nn.Module())) | {"_mpgraph"}
 _CLOSED = (
     nn.Module, torch.Tensor, type, types.ModuleType, types.FunctionType, types.MethodType,
     types.BuiltinFunctionType,
@@ -53,7 +53,7 @@ class Held:
             return False
         pairs = [(now[key], then) for key, then in self.before.items()]
         changed = [(v, then) for v, then in pairs if v is not then and not _is_equal_plain(v, then)]
-        return bool(changed) and all(isinstance(v, _PLAIN) for pair in changed for v in pair)
+        return bool(changed) and all(isinstance(v, PLAIN) for pair in changed for v in pair)
 
     def restore(self) -> None:
         """Put back what it held, if it holds something else."""
@@ -100,11 +100,8 @@ def _is_same(now: Any, before: Any) -> bool:
     return all(v is w for v, w in zip(now, before, strict=True))
 
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes)
-
-
 def _is_equal_plain(now: Any, then: Any) -> bool:
-    return isinstance(now, _PLAIN) and type(now) is type(then) and bool(now == then)
+    return isinstance(now, PLAIN) and type(now) is type(then) and bool(now == then)
 
 
 def held_by(model: nn.Module) -> list[Held]:
@@ -113,7 +110,7 @@ def held_by(model: nn.Module) -> list[Held]:
         (f"{path}.{name}".lstrip("."), value)
         for path, module in model.named_modules()
         for name, value in vars(module).items()
-        if name not in _MODULE_STATE
+        if name not in MODULE_STATE
     )
     return _held_in(attributes, _DEPTH_OF_MODULES)
 

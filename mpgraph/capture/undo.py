@@ -1,13 +1,14 @@
-"""Undo what a failed attempt to capture has left on a model."""
+"""Undo what an attempt to capture or to run a call has left on a model."""
 
 from __future__ import annotations
 
 import contextlib
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from mpgraph.capture.held import held_by, held_by_code, held_in, put_back, snapshot
@@ -24,44 +25,67 @@ def undone_on_failure(model: nn.Module, arguments: Iterable[Any] = ()) -> Iterat
     its lists and assigned traced tensors to its buffers; the engine that tries next runs it
     from the start.
     """
-    restore = remember(model, arguments)
+    before = Before(model, arguments)
     try:
         yield
     except BaseException:
-        restore()
+        before.restore()
         raise
 
 
-def remember(model: nn.Module, arguments: Iterable[Any] = ()) -> Callable[[], None]:
-    """Note attributes, containers and random states; return what puts them back."""
-    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    tables = [
-        (table, snapshot(table))
-        for own, _ in attributes
-        for table in own.values()
-        if _is_table(table)
-    ]
-    code = CodeState(list(model.modules()))
-    values = code.values()
-    held = [*held_by(model), *held_in(arguments), *held_by_code(code)]
-    numpy: Any = sys.modules.get("numpy")
-    state = random.getstate()
-    numpy_state = numpy.random.get_state() if numpy else None
+class Before:
+    """A model's Python state at one moment, and Python's and numpy's random numbers."""
 
-    def restore() -> None:
-        for current, before in attributes:
+    def __init__(self, model: nn.Module, arguments: Iterable[Any]) -> None:
+        self._attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+        self._tables = [
+            (table, snapshot(table))
+            for own, _ in self._attributes
+            for table in own.values()
+            if _is_table(table)
+        ]
+        self._code = CodeState(list(model.modules()))
+        self._values = self._code.values()
+        self._held = [*held_by(model), *held_in(arguments), *held_by_code(self._code)]
+        self._numpy: Any = sys.modules.get("numpy")
+        self._state = random.getstate()
+        self._numpy_state = self._numpy.random.get_state() if self._numpy else None
+
+    def restore(self) -> None:
+        """Put all of it back."""
+        for current, before in self._attributes:
             current.clear()
             current.update(before)
-        for table, before in tables:
+        for table, before in self._tables:
             put_back(table, before)
-        for item in held:
+        for item in self._held:
             item.restore()
-        code.restore(values)
-        random.setstate(state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
+        self._code.restore(self._values)
+        random.setstate(self._state)
+        if self._numpy:
+            self._numpy.random.set_state(self._numpy_state)
 
-    return restore
+
+class BeforeRun(Before):
+    """The same, and what running changes besides: buffers, and torch's random numbers."""
+
+    def __init__(self, model: nn.Module, arguments: Iterable[Any]) -> None:
+        super().__init__(model, arguments)
+        self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        self._random = [(device, torch.cuda.get_rng_state(device)) for device in devices]
+        self._random_cpu = torch.get_rng_state()
+
+    def restore(self) -> None:
+        """Put all of it back."""
+        super().restore()
+        with torch.no_grad():
+            # Whatever their versions say: batch norm writes its statistics past them.
+            for buffer, value in self._buffers:
+                buffer.copy_(value)
+        torch.set_rng_state(self._random_cpu)
+        for device, state in self._random:
+            torch.cuda.set_rng_state(state, device)
 
 
 def _is_table(value: Any) -> bool:

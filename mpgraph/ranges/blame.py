@@ -12,9 +12,11 @@ import torch
 from torch import fx, nn
 
 from mpgraph import ir
+from mpgraph.finding import converted_modules
 from mpgraph.loss_scale import CurrentScale, LossScale
-from mpgraph.module import STATE, State, state_of
+from mpgraph.module import State, state_of
 from mpgraph.op_table import MOVES_DATA
+from mpgraph.plain import STATE
 from mpgraph.policy import Override, Policy
 from mpgraph.precision import logger
 from mpgraph.ranges.cure import best_scale, is_too_low, pins, with_pins
@@ -22,7 +24,6 @@ from mpgraph.ranges.records import Finding, Kind, NodeRange, Spread
 from mpgraph.ranges.replay import (
     Step,
     Trace,
-    converted_in,
     loss_seeds,
     replay,
     unwrapped,
@@ -95,19 +96,19 @@ class _Case:
 
     def __init__(self, step: Step) -> None:
         self.step = step
-        self.models = converted_in(step.model)
+        self.models = list(converted_modules(step.model, "fp16").values())
         # As it is first: what the model raises by itself should come from there.
         self.trace = replay(step)
         self.true, self.missing = _true(step)
-        self.by_state = {id(state_of(model)): model for _, model in self.models}
-        self.blamed: nn.Module = self.models[0][1]
+        self.by_state = {id(state_of(model)): model for model in self.models}
+        self.blamed: nn.Module = self.models[0]
 
     def report(self) -> RangeReport:
         """Everything that was seen, and what it comes down to."""
-        state = state_of(self.models[0][1])
+        state = state_of(self.models[0])
         gradients = [spread for _, _, spread in self.true_gradients()]
         return RangeReport(
-            model=type(self.step.model).__name__.removeprefix("MixedPrecision"),
+            model=type(self.step.model).__name__,
             precision=state.settings.precision.name,
             policy=str(state.settings.policy),
             scale=self.scale(),
@@ -120,7 +121,7 @@ class _Case:
 
     def scale(self) -> float | None:
         """The loss scale; None if there is none."""
-        scaled = [state_of(m) for _, m in self.models if state_of(m).settings.scaled]
+        scaled = [state_of(m) for m in self.models if state_of(m).settings.scaled]
         return float(scaled[0].scale.value.scale) if scaled else None
 
     def true_of(self, run: Run) -> Run | None:

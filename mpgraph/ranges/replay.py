@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from mpgraph.capture.undo import remember
+from mpgraph.capture.undo import Before
 from mpgraph.errors import MPGraphError
-from mpgraph.module import MixedPrecision, state_of
+from mpgraph.finding import converted_modules
+from mpgraph.module import state_of
 from mpgraph.ranges.measure import measure
 from mpgraph.ranges.watch import Run, Watch, is_floating
 from mpgraph.structure import flatten
@@ -68,7 +69,7 @@ class Trace:
 
 def replay(step: Step, *, true: bool = False) -> Trace:
     """Run a step and leave everything as it was; with ``true``, in fp32 throughout."""
-    states = [state_of(model) for _, model in converted_in(step.model)]
+    states = [state_of(model) for model in converted_modules(step.model).values()]
     with untouched(step.model, step.arguments), Watch(true=true).active(states) as watch:
         result = step.call()
         seeds = step.seeds(result)
@@ -137,9 +138,9 @@ def untouched(model: nn.Module, arguments: Iterable[Any] = ()) -> Iterator[None]
 
     Parameters are not: a forward pass that writes to its own parameters is not taken back.
     """
-    restore = remember(model, arguments)
+    state = Before(model, arguments)
     tensors = [(t, t.detach().clone()) for t in _changeable(model)]
-    scales = [state_of(inner).scale for _, inner in converted_in(model)]
+    scales = [state_of(inner).scale for inner in converted_modules(model).values()]
     before = [dict(vars(scale)) for scale in scales]
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     with (
@@ -150,7 +151,7 @@ def untouched(model: nn.Module, arguments: Iterable[Any] = ()) -> Iterator[None]
         try:
             yield
         finally:
-            restore()
+            state.restore()
             for tensor, value in tensors:
                 _put_back(tensor, value)
             for scale, fields in zip(scales, before, strict=True):
@@ -169,26 +170,6 @@ def _changeable(model: nn.Module) -> list[torch.Tensor]:
     found = (v for m in model.modules() for v in (*m._buffers.values(), *vars(m).values()))
     tensors = {id(v): v for v in found if isinstance(v, torch.Tensor)}
     return [tensor for tensor in tensors.values() if not tensor.is_inference()]
-
-
-def converted_in(model: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
-    """The converted models in a model, the outermost ones, with their paths in it.
-
-    Raises:
-        MPGraphError: There is none; says how to make one.
-    """
-    found = list(_outermost(model, path))
-    if not found:
-        state_of(model)
-    return found
-
-
-def _outermost(model: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(model, MixedPrecision):
-        yield path, cast(nn.Module, model)
-    elif isinstance(model, nn.Module):
-        for name, child in model.named_children():
-            yield from _outermost(child, f"{path}.{name}" if path else name)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

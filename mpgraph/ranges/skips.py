@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, Literal
 
 import torch
@@ -13,6 +12,7 @@ from mpgraph.module import state_of
 from mpgraph.ranges.replay import Seeds
 from mpgraph.ranges.watch import is_floating
 from mpgraph.structure import flatten
+from mpgraph.warn import warn
 
 OnFloor = Literal["warn", "raise"]
 
@@ -52,7 +52,7 @@ class SkippedSteps:
         kind = "floor" if at_floor else "row"
         if self._row >= self.after and kind not in self._said:
             self._said.add(kind)
-            warnings.warn(f"mpgraph: {self._message(at_floor)}", stacklevel=6)
+            warn(self._message(at_floor))
 
     def _is_at_floor(self) -> bool:
         # Asked of a tensor: the host waits, so not at every step.

@@ -40,7 +40,7 @@ def sources_of(entry: Any) -> Iterator[Source]:
     if parts is None:
         parts = [(entry.graph_module, getattr(entry, "reports", ()))]
     whole = Source(
-        label=str(getattr(entry, "label", "")).removeprefix("MixedPrecision"),
+        label=str(getattr(entry, "label", "")),
         # A call of which no part could be captured still has breaks that say why.
         graph_module=fx.GraphModule({}, fx.Graph()),
         engine=str(getattr(entry, "engine", "")),

@@ -228,10 +228,12 @@ def explain(model: Any) -> Report:
 
     Args:
         model: A module from ``mpgraph.convert`` that has run or was given ``example_inputs``;
-            or one of its specialisations, or an ``fx.GraphModule``.
+            or a model or wrapper with one such module in it; or one of its specialisations, or
+            an ``fx.GraphModule``.
 
     Raises:
-        MPGraphError: The module was not converted, or has not been captured yet.
+        MPGraphError: The module was not converted, or has not been captured yet; or there are
+            several in the model.
 
     Example:
         >>> import mpgraph, torch
@@ -243,9 +245,11 @@ def explain(model: Any) -> Report:
     """
     from torch import fx, nn
 
+    from mpgraph.plain import STATE
+
     if isinstance(model, Report):
         return model
-    if isinstance(model, fx.GraphModule) and "_mpgraph" not in vars(model):
+    if isinstance(model, fx.GraphModule) and STATE not in vars(model):
         return _of_graph(model)
     is_entry = hasattr(model, "graph_module") or hasattr(model, "graphs")
     return _of_entry(model) if is_entry and not isinstance(model, nn.Module) else _of_model(model)
@@ -271,19 +275,13 @@ def _of_entry(entry: Any) -> Report:
 
 
 def _of_model(model: Any) -> Report:
-    from mpgraph.module import state_of
+    from mpgraph.finding import captured_state
     from mpgraph.report.build import build_graph, sources_of
 
-    state = state_of(model)
-    name = state.original.__name__
+    state = captured_state(model)
     entries = state.specialisations()
-    if not entries:
-        raise MPGraphError(
-            f"{name} was converted, but no call of it has been captured yet, so there is nothing "
-            "to explain. Call it once, or pass example_inputs to mpgraph.convert."
-        )
     return Report(
-        model=name,
+        model=state.original.__name__,
         precision=state.settings.precision.name,
         policy=str(state.settings.policy),
         graphs=tuple(build_graph(source) for entry in entries for source in sources_of(entry)),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from mpgraph.errors import PolicyError
-from mpgraph.policy_glob import matches_op, module_glob, op_names
+from mpgraph.policy_glob import matches_op, module_glob, near_misses, op_names, with_parents
 from mpgraph.report.records import Graph, Node
 
 _MATCHES: dict[str, Callable[[str, Node], bool]] = {
@@ -17,7 +16,7 @@ _MATCHES: dict[str, Callable[[str, Node], bool]] = {
     "dtype": lambda dtype, node: node.runs_in == dtype,
 }
 _NAMES: dict[str, Callable[[Node], Iterable[str]]] = {
-    "module": lambda node: _with_parents(node.module),
+    "module": lambda node: with_parents(node.module),
     "op": lambda node: op_names(node.operator),
     "rule": lambda node: (node.rule,),
     "dtype": lambda node: (node.runs_in,),
@@ -43,14 +42,3 @@ def select(graph: Graph, wanted: Mapping[str, str]) -> Graph:
     names = {node.name for node in nodes}
     islands = tuple(island for island in graph.islands if names.intersection(island.nodes))
     return dataclasses.replace(graph, nodes=nodes, islands=islands)
-
-
-def near_misses(value: str, names: Iterable[str]) -> str:
-    """``; close to it: 'softmax'``, or "" where nothing comes close."""
-    close = difflib.get_close_matches(value, sorted(names), n=3, cutoff=0.5)
-    return f"; close to it: {', '.join(map(repr, close))}" if close else ""
-
-
-def _with_parents(path: str) -> list[str]:
-    segments = path.split(".")
-    return [".".join(segments[: end + 1]) for end in range(len(segments))]

@@ -215,16 +215,27 @@ def _check_converted(case: Case, convert: Convert, eager: _Run, precision: str) 
 
 
 def _follows_the_capture(case: Case, run: _Run, precision: str) -> bool:
-    """Whether the captured graph, under autocast, gives the converted model's own bits."""
-    policy = f"autocast-{run.device}"
+    """Whether what was captured, under autocast, gives the converted model's own bits."""
+    by_dynamo = facts_of(run.module).engine == "dynamo"
+    step = _compiled_steps if by_dynamo else _captured_steps
     try:
-        with unrewritten(precision, run.device):
-            model = captured(build(case, run.device), precision, policy)
-            readings = _Run(case, model, run.device).both_steps()
-    except Exception:  # it went through Dynamo, say
+        readings = step(case, run.device, precision)
+    except Exception:  # a model that cannot be captured alone
         return False
     pairs = zip(readings, run.readings, strict=True)
     return not any(compare.compare(want, got).differences for want, got in pairs)
+
+
+def _captured_steps(case: Case, device: str, precision: str) -> list[Reading]:
+    with unrewritten(precision, device):
+        model = captured(build(case, device), precision, f"autocast-{device}")
+        return _Run(case, model, device).both_steps()
+
+
+def _compiled_steps(case: Case, device: str, precision: str) -> list[Reading]:
+    model = build(case, device)
+    model.forward = torch.compile(model.forward, backend="eager")
+    return _Run(case, under_autocast(model, precision, device), device).both_steps()
 
 
 def _worse_of(comparisons: list[Comparison]) -> tuple[Verdict, str]:

@@ -9,6 +9,11 @@ from torch.nn.utils import parametrizations
 
 from .registry import Call, Case, call, quick
 
+HIDDEN_IN_BILINEAR = (
+    "torch.autocast lowers the matrix product inside the CPU kernel of torch.bilinear, and not "
+    "that of its backward"
+)
+
 
 def images(batch: int, channels: int = 3, size: int = 16) -> Call:
     """Return a batch of square images."""
@@ -396,9 +401,15 @@ CASES = (
     Case("conv3d", Conv3dNet, lambda b: call(torch.randn(b, 2, 6, 6, 6))),
     quick(Case("norms", Norms, images)),
     quick(Case("activations", Activations, vectors)),
-    Case("resampling", Resampling, images),
+    Case(
+        "resampling",
+        Resampling,
+        images,
+        known_difference="the backward of affine_grid builds its grid in bf16 under "
+        "torch.autocast, and rounds the grid of the forward to bf16 here",
+    ),
     Case("dropouts", Dropouts, images),
-    Case("embedding-bag", EmbeddingBags, bag_inputs),
+    Case("embedding-bag", EmbeddingBags, bag_inputs, known_difference=HIDDEN_IN_BILINEAR),
     quick(Case("weight-reuse", WeightReuse, vectors)),
     Case("spectral-norm-hook", _old_spectral_norm, images),
     Case("spectral-norm", _spectral_norm, images),

@@ -128,7 +128,7 @@ def _read(module: nn.Module, call: Call, outputs: Any, loss: Tensor) -> Reading:
     for name, parameter in reversed(list(module.named_parameters())):
         reading[f"gradient {name}"] = parameter.grad
     reading["generator torch"] = torch.get_rng_state()
-    if torch.cuda.is_initialized():
+    if any(parameter.is_cuda for parameter in module.parameters()):
         reading["generator cuda"] = torch.cuda.get_rng_state()
     reading["generator python"] = hash(random.getstate())
     reading["generator numpy"] = hash(np.random.get_state()[1].tobytes())  # type: ignore[index]

@@ -1,0 +1,47 @@
+"""A call that cannot be captured may fail in eager mode as well: an error of the model's own.
+
+Tracing meets such an error on fake tensors, in other words and as another type. What the user is
+to see is what eager torch raises.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpgraph.capture.breaks import line_of
+from mpgraph.capture.undo import BeforeRun
+from mpgraph.module import State, add_note, capturing
+from mpgraph.pipeline import PassContext
+from mpgraph.structure import Spec, opaque_values, unflatten
+
+
+def raise_own_error(
+    state: State, model: nn.Module, leaves: Sequence[Any], spec: Spec, context: PassContext
+) -> None:
+    """Raise what the call raises in eager mode under ``torch.autocast``, if it raises something.
+
+    What the call has done until then stays done, as in eager mode. If it raises nothing, it leaves
+    nothing behind: the model is put back, and its arguments are copies.
+    """
+    # What was one tensor for the caller is one here.
+    copies = {id(leaf): _copy(leaf) for leaf in leaves}
+    args, kwargs = unflatten(spec, [copies[id(leaf)] for leaf in leaves])
+    forward = state.original_forward()
+    before = BeforeRun(model, opaque_values(spec))
+    try:
+        with capturing(), context.autocast():
+            forward(model, *args, **kwargs)
+    except Exception as error:
+        line = line_of(traceback.extract_tb(error.__traceback__))
+        add_note(error, f"mpgraph: the model's own error, from {line}")
+        raise
+    before.restore()
+
+
+def _copy(leaf: torch.Tensor) -> torch.Tensor:
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad)
