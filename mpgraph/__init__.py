@@ -12,6 +12,9 @@ _HOMES = {
     "convert": "conversion",
     "explain": "report.report",
     "guard": "guarding",
+    "blame": "ranges.blame",
+    "calibrate": "ranges.calibrate",
+    "RangeReport": "ranges.report",
     "assert_policy": "assertions",
     "text": "graph_text",
     "Policy": "policy",
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
     from mpgraph.loss_scale import LossScale as LossScale
     from mpgraph.policy import Override as Override
     from mpgraph.policy import Policy as Policy
+    from mpgraph.ranges.blame import blame as blame
+    from mpgraph.ranges.calibrate import calibrate as calibrate
+    from mpgraph.ranges.report import RangeReport as RangeReport
     from mpgraph.report.report import Report as Report
     from mpgraph.report.report import explain as explain
 

@@ -17,6 +17,7 @@ from mpgraph.finding import converted_modules
 from mpgraph.finite import find_non_finite, gradients_of
 from mpgraph.loss_scale import CurrentScale, LossScale
 from mpgraph.module import state_of
+from mpgraph.ranges.skips import OnFloor, SkippedSteps
 from mpgraph.snapshot import Snapshot, evaluates_closure_first
 from mpgraph.unguarded import shares_parameters
 from mpgraph.warn import warn
@@ -33,6 +34,9 @@ def guard(
     max_grad_norm: float | None = None,
     check_finite: bool = False,
     process_group: Any = None,
+    blame: bool = False,
+    blame_after: int = 5,
+    on_floor: OnFloor = "warn",
 ) -> O:
     """Make ``optimizer.step()`` skip steps whose gradients are not finite; return the optimizer.
 
@@ -53,9 +57,16 @@ def guard(
             before it, this sees true gradients: nothing need be unscaled.
         check_finite: Check for non-finite gradients without an fp16 model as well.
         process_group: The ranks to agree with; all of them by default.
+        blame: When steps are skipped again and again, replay the last call of each model and name
+            the value that overflows. Keeps that call's arguments and the gradients of its results
+            alive, and waits for the device at every step, with fused optimizers too.
+        blame_after: After how many skipped steps in a row to warn, once; the warning names the
+            value with ``blame=True``. Without it, steps of fused optimizers are not counted.
+        on_floor: "warn", once, or "raise", at a step that is skipped at the floor of the scale.
 
     Raises:
-        PrecisionError: The optimizer and the models do not fit each other.
+        PrecisionError: The optimizer and the models do not fit each other; later, with
+            ``on_floor="raise"``, when the scale goes no lower.
 
     Example:
         >>> import mpgraph, torch
@@ -81,7 +92,8 @@ def guard(
         if scale is not None:
             value = scale if isinstance(scale, LossScale) else LossScale(init_scale=float(scale))
             state_of(model).scale.replace(value)
-    _Guard(optimizer, guarded, max_grad_norm, process_group).install()
+    skips = SkippedSteps(guarded, blame=blame, after=blame_after, on_floor=on_floor)
+    _Guard(optimizer, guarded, max_grad_norm, process_group, skips).install()
     return optimizer
 
 
@@ -126,9 +138,11 @@ class _Guard:
         models: list[nn.Module],
         max_grad_norm: float | None,
         process_group: Any,
+        skips: SkippedSteps,
     ) -> None:
         self.optimizer: Any = optimizer
         self.models = models
+        self.skips = skips
         self.find = functools.partial(
             find_non_finite, max_norm=max_grad_norm, process_group=process_group
         )
@@ -223,6 +237,7 @@ class _Guard:
         return result
 
     def _move_scales(self, found: torch.Tensor) -> None:
+        self.skips.note(self.optimizer.last_step_skipped)
         for scale in self.scales():
             scale.update(found)
 

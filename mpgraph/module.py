@@ -164,6 +164,8 @@ class State:
         self.instance_forward = forward
         self.weights = WeightCopies()
         self.scale = CurrentScale(LossScale())
+        # Is shown every call before it runs, and says what to run: see mpgraph.ranges.
+        self.observer: Any = None
         self._reset()
 
     def again(self, settings: Settings) -> State:
@@ -187,6 +189,7 @@ class State:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.weights = WeightCopies()
+        self.observer = None
         self._reset()
 
     def specialisations(self) -> list[Any]:
@@ -210,6 +213,8 @@ class State:
         arguments = self._bind(model, args, kwargs)
         leaves, spec = flatten(arguments)
         entry = self._find(model, leaves, spec)
+        if self.observer is not None:
+            entry = self.observer.see(self, entry, args, kwargs)
         if torch.is_autocast_enabled(self.settings.device):
             self._say_autocast()
             with torch.autocast(self.settings.device, enabled=False):

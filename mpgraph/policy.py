@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mpgraph.errors import PolicyError
 from mpgraph.idle_overrides import advice, why_idle
 from mpgraph.op_table import MOVES_DATA, PRESETS, OpRule, Rule, rule_for
 from mpgraph.policy_glob import matches_op, module_glob, name_glob, near_misses
+from mpgraph.whole_files import write_whole
 
 RUN_VALUES = ("fp32", "compute", "bf16", "fp16", "follow")
 ON_UNKNOWN_VALUES = ("follow", "fp32", "error")
@@ -65,16 +66,21 @@ class Override:
         node: A glob over the names of graph nodes, as ``mpgraph.explain`` prints them.
         run: ``"fp32"``; ``"compute"``, the policy's 16-bit dtype; ``"bf16"`` or ``"fp16"``, that
             one; ``"follow"``, the widest dtype among the inputs.
+        reason: Why, for people: ``explain`` and TOML files show it. Overrides that differ in it
+            alone are equal, and the one-line text leaves it out.
     """
 
     op: str | None = None
     module: str | None = None
     node: str | None = None
     run: str = "fp32"
+    reason: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         """Refuse an override that selects nothing or that cannot be read."""
         _check_value("run", self.run, RUN_VALUES)
+        if not isinstance(self.reason, str):
+            raise PolicyError(f"reason must be text, found {self.reason!r}")
         if self.op is None and self.module is None and self.node is None:
             raise PolicyError(
                 "an override needs a selector: op=..., module=... or node=... "
@@ -88,12 +94,13 @@ class Override:
         return policy_text.override_line(self.to_dict())
 
     def to_dict(self) -> dict[str, str]:
-        """Return the selectors that are set, and ``run``."""
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        """Return the selectors that are set, ``run``, and the reason if there is one."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: value for name, value in values if value is not None and value != ""}
 
     def selectors(self) -> dict[str, str]:
         """Return the selectors that are set."""
-        return {key: value for key, value in self.to_dict().items() if key != "run"}
+        return {key: value for key, value in self.to_dict().items() if key in _SELECTORS}
 
     def matches(self, op: str, module_path: str, node_name: str) -> bool:
         """Whether every selector matches the node."""
@@ -212,9 +219,10 @@ class Policy:
         module: str | None = None,
         node: str | None = None,
         run: str = "fp32",
+        reason: str = "",
     ) -> Policy:
         """Return a new policy with one more override, which wins over the earlier ones."""
-        override = Override(op=op, module=module, node=node, run=run)
+        override = Override(op=op, module=module, node=node, run=run, reason=reason)
         return replace(self, overrides=(*self.overrides, override))
 
     def check_overrides(
@@ -286,13 +294,8 @@ class Policy:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the policy as TOML; an interrupted write leaves the old file whole."""
-        target = Path(path)
-        unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            unfinished.write_text(self.to_toml(), encoding="utf-8", newline="\n")
-            os.replace(unfinished, target)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        text = self.to_toml()
+        write_whole(path, lambda file: file.write_text(text, encoding="utf-8", newline="\n"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Policy:
@@ -346,9 +349,10 @@ def _from_row(row: OpRule, preset: str) -> RuleChoice:
 
 def _overridden(override: Override, number: int, row: OpRule | None) -> RuleChoice:
     run = override.run
+    because = f": {override.reason}" if override.reason else ""
     return RuleChoice(
         _override_rule(run, row),
-        f"the policy says {run}",
+        f"the policy says {run}{because}",
         f"override {number}: {policy_text.override_line(override.selectors())}",
         dtype=run if run in ("bf16", "fp16") else None,
         set_dtype=run == "fp32" and row is not None and row.set_dtype,

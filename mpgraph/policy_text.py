@@ -54,8 +54,9 @@ def to_line(policy: Mapping[str, Any]) -> str:
 
 
 def override_line(override: Mapping[str, str]) -> str:
-    """Return one override as ``module=decoder.* run=fp32``."""
-    return " ".join(f"{key}={_line_value(value)}" for key, value in override.items())
+    """Return one override as ``module=decoder.* run=fp32``: what it does, without its reason."""
+    said = ((key, value) for key, value in override.items() if key != "reason")
+    return " ".join(f"{key}={_line_value(value)}" for key, value in said)
 
 
 def from_line(line: str) -> dict[str, Any]:

@@ -52,6 +52,23 @@ def test_fp16_page_shows_its_example_as_it_is():
     assert code in blocks(ROOT / "docs" / "fp16.md", "python")
 
 
+def test_overflow_example_finds_pins_and_trains(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / "find_overflow.py"))
+    printed = capsys.readouterr().out
+    assert printed.startswith("loss nan, 100 of 100 steps skipped")
+    assert "Forward: %mul_2 (mul.Tensor, fp16) of 3 left the range of fp16." in printed
+    assert "with it the step is finite" in printed
+    assert printed.endswith(" 0 of 100 steps skipped\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["find_overflow.png"]
+
+
+def test_overflow_page_shows_its_example_as_it_is():
+    _, _, code = (EXAMPLES / "find_overflow.py").read_text().partition('"""\n\n')
+    assert code in blocks(ROOT / "docs" / "overflow.md", "python")
+
+
 def test_demo_writes_its_table_picture_and_data(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(str(EXAMPLES))

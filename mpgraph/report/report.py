@@ -16,6 +16,7 @@ from mpgraph.report.records import Graph, Node, from_plain, to_plain
 from mpgraph.report.render import Line, Page, Part, to_text
 from mpgraph.report.select import check_selection, select
 from mpgraph.report.summary import summary
+from mpgraph.whole_files import write_whole
 
 if TYPE_CHECKING:
     from mpgraph.report.diff import ReportDiff
@@ -192,7 +193,7 @@ class Report:
         """:meth:`to_dict` as JSON text; with a path, also written there, whole or not at all."""
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
         if path is not None:
-            _write_whole(Path(path), text)
+            write_whole(path, lambda file: file.write_text(text, encoding="utf-8", newline="\n"))
         return text
 
     @classmethod
@@ -285,12 +286,3 @@ def _of_model(model: Any) -> Report:
         policy=str(state.settings.policy),
         graphs=tuple(build_graph(source) for entry in entries for source in sources_of(entry)),
     )
-
-
-def _write_whole(target: Path, text: str) -> None:
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)
