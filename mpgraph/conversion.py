@@ -57,7 +57,8 @@ def convert(
             Dynamo where export would not be faithful.
         inplace: Convert ``model`` itself and return it.
         masters: "create" makes float32 parameters from a 16-bit model's.
-        max_graphs: The most kinds of call to capture before an error.
+        max_graphs: The most kinds of call to capture before an error; where Dynamo splits a call
+            into several graphs, eight times as many graphs.
 
     Raises:
         PrecisionError: The precision is unknown, or does not fit the model's parameters; or the

@@ -585,10 +585,18 @@ def tries_in_eager_mode(m, x):
     return tries_and_recovers(m, x)
 
 
-def test_an_operator_that_forward_lets_fail_is_refused_with_the_way_out():
-    assert "though forward does not" in verdict(tries_and_recovers, "auto")
-    with pytest.raises(CaptureError, match=r"catches this error itself.*torch\.compiler\.disable"):
-        mpgraph.convert(Layers(tries_and_recovers), "bf16", capture="dynamo")(rows(2).args[0])
+def reads_a_list_of_tensors(m, x):
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[[x.argmax(-1)[0] // 2, torch.tensor(3)], [torch.tensor(1), torch.tensor(2)]] = False
+    return m.b(m.a(x)) * mask.sum()
+
+
+def test_an_operator_that_cannot_be_traced_runs_in_eager_mode():
+    assert verdict(reads_a_list_of_tensors, "auto") == "bitwise by dynamo"
+
+
+def test_an_operator_that_forward_lets_fail_runs_in_eager_mode():
+    assert verdict(tries_and_recovers, "auto") == "bitwise by dynamo"
     assert verdict(lambda m, x: m.c(tries_in_eager_mode(m, x)), "auto").startswith("bitwise")
 
 

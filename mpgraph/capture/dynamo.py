@@ -25,12 +25,15 @@ from mpgraph.capture.dynamo_settings import configured
 from mpgraph.capture.kept import repair_checkpoints
 from mpgraph.capture.lower import Graphs
 from mpgraph.capture.miscounts import refuse_miscounts
-from mpgraph.capture.own_error import raise_own_error
+from mpgraph.capture.own_error import note_line, raise_own_error
 from mpgraph.capture.paths import label_placeholders
-from mpgraph.errors import CaptureError, PolicyError
+from mpgraph.errors import CaptureError, MPGraphError, PolicyError
 from mpgraph.module import State, capturing
 from mpgraph.pipeline import PassContext, PassReport
 from mpgraph.structure import flatten
+
+# One call of a vision-language model may well be forty graphs.
+_PIECES = 8
 
 
 @dataclasses.dataclass
@@ -121,7 +124,9 @@ class DynamoEngine:
             _forgive(error)
             entry.failed = _mode(model) not in self.modes
             if not isinstance(error, DYNAMO_ERRORS):
-                raise  # the model's own
+                if not isinstance(error, MPGraphError):
+                    note_line(error)
+                raise
             failure = error
         else:
             self.modes.add(_mode(model))
@@ -194,12 +199,13 @@ class DynamoEngine:
         return explain_failure(error, before)
 
     def _compile(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        limit = self.state.settings.max_graphs
+        limit = _PIECES * self.state.settings.max_graphs
         if len(self._live) >= limit and (gc.collect(), len(self._live))[1] >= limit:
             raise CaptureError(
                 f"Dynamo has split this model into {limit} graphs, or compiled it anew so often; "
-                "the limit is max_graphs. mpgraph.explain(model) lists them. Pad inputs to fewer "
-                "shapes, pass changing numbers as tensors, or raise max_graphs in mpgraph.convert."
+                f"the limit is {_PIECES} times max_graphs. mpgraph.explain(model) lists them. Pad "
+                "inputs to fewer shapes, pass changing numbers as tensors, or raise max_graphs in "
+                "mpgraph.convert."
             )
         label_placeholders(gm, examples, self.paths)
         repair_checkpoints(gm)

@@ -6,11 +6,13 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._dynamo import config as dynamo_config
+from torch._dynamo import exc
 from torch._dynamo import utils as dynamo_utils
-from torch._dynamo.variables import TensorVariable, higher_order_ops
+from torch._dynamo.variables import TensorVariable, builder, higher_order_ops, tensor
 
 
 @contextlib.contextmanager
@@ -35,6 +37,7 @@ def configured(device: str, limit: int) -> Iterator[None]:
             accumulated_recompile_limit=64 * limit,
         ),
         _without_autocast_in_backward(device),
+        _breaks_where_tracing_fails(),
         _quiet(),
     ):
         yield
@@ -72,6 +75,28 @@ def _outside_autocast(owner: Any, name: str, device: str) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def _breaks_where_tracing_fails() -> Iterator[None]:
+    """Leave an operator that fails on fake tensors to eager mode, as Dynamo does with others.
+
+    Dynamo itself gives up on the whole model. If the operator fails in eager mode too, the error
+    is the model's own.
+    """
+    original = dynamo_utils.get_fake_value
+
+    def get_fake_value(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except exc.TorchRuntimeError as error:
+            reason = "an operator fails while it is traced"
+            exc.unimplemented(gb_type=reason, context=str(error), explanation="", hints=[])
+
+    with contextlib.ExitStack() as stack:
+        for owner in (builder, tensor):
+            stack.enter_context(mock.patch.object(owner, "get_fake_value", get_fake_value))
+        yield
 
 
 @contextlib.contextmanager

@@ -37,10 +37,15 @@ def raise_own_error(
         with capturing(), context.autocast():
             forward(model, *args, **kwargs)
     except Exception as error:
-        line = line_of(traceback.extract_tb(error.__traceback__))
-        add_note(error, f"mpgraph: the model's own error, from {line}")
+        note_line(error)
         raise
     before.restore()
+
+
+def note_line(error: Exception) -> None:
+    """Note on an error of the model's own which of the user's lines it is from."""
+    line = line_of(traceback.extract_tb(error.__traceback__))
+    add_note(error, f"mpgraph: the model's own error, from {line}")
 
 
 def _copy(leaf: torch.Tensor) -> torch.Tensor:
