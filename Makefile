@@ -15,7 +15,7 @@ PYTEST_ARGS ?= -m "not slow and not zoo"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format types wheel zoo zoo-all bench clean
+.PHONY: help demo test lint format types wheel zoo zoo-all bench convergence clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ zoo-all: $(VENV)/.mpgraph-zoo ## convert and check every model of the zoo (hours
 bench: $(VENV)/.mpgraph-zoo ## time eager steps next to autocast, and the passes
 	$(BIN)/python tools/bench_eager.py $(BENCH_ARGS)
 	$(BIN)/python tools/bench_passes.py
+
+convergence: $(VENV)/.mpgraph-zoo ## train in fp32, bf16 and fp16 over three seeds (on a GPU: minutes)
+	$(BIN)/python tools/convergence.py $(CONVERGENCE_ARGS)
 
 clean: ## remove what the other targets made, the environment too
 	rm -rf $(VENV) build dist *.egg-info demo-output zoo-output

@@ -71,7 +71,7 @@ class Task:
 class Language(Task):
     """Predict the next byte of English text."""
 
-    name, metric, steps = "GPT, 3.3 M parameters", "validation loss, nats per byte", 1200
+    name, metric, steps = "GPT, 3.3 M parameters", "validation loss, nats per byte", 800
 
     def __init__(self, device: torch.device) -> None:
         self.config = GPTConfig()
@@ -79,19 +79,24 @@ class Language(Task):
         self.validation = validation_batches(held_back, self.config.context, 24)
 
     def model(self) -> nn.Module:
+        """Return the model with random weights."""
         return GPT(self.config)
 
     def batches(self, seed: int) -> Iterator[Batch]:
+        """Yield training batches without end."""
         return training_batches(self.training, self.config.context, 24, seed)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Make the optimizer, at its highest learning rate."""
         return torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the training loss of a batch."""
         loss: Tensor = model(*batch)
         return loss
 
     def score(self, model: nn.Module) -> float:
+        """Return the metric on the held-back data."""
         return statistics.fmean(model(*batch).item() for batch in self.validation)
 
 
@@ -111,12 +116,14 @@ class Digits(Task):
         self.images, self.labels = images, labels
 
     def model(self) -> nn.Module:
+        """Return the model with random weights."""
         return nn.Sequential(
             nn.Conv2d(1, 32, 3, 1, 1), Residual(32, 64, 2), Residual(64, 64, 2),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
         )  # fmt: skip
 
     def batches(self, seed: int) -> Iterator[Batch]:
+        """Yield training batches without end."""
         generator = torch.Generator().manual_seed(seed)
         while True:
             order = torch.randperm(len(self.train), generator=generator).to(self.train.device)
@@ -124,13 +131,16 @@ class Digits(Task):
                 yield self.images[picked], self.labels[picked]
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Make the optimizer, at its highest learning rate."""
         return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the training loss of a batch."""
         images, labels = batch
         return F.cross_entropy(model(images).float(), labels)
 
     def score(self, model: nn.Module) -> float:
+        """Return the metric on the held-back data."""
         guessed = model(self.images[self.test]).argmax(-1)
         return 100 * (guessed != self.labels[self.test]).float().mean().item()
 
@@ -213,8 +223,7 @@ def draw(path: Path, tasks: list[Task], records: list[Record]) -> None:
         axis.set(title=task.name, xlabel="step", ylabel=task.metric, yscale="log")
         axis.legend()
     figure.tight_layout()
-    with write_whole(path) as partial:
-        figure.savefig(partial, dpi=120, format=path.suffix.lstrip("."))
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=120))
 
 
 def main() -> None:
@@ -246,8 +255,8 @@ def main() -> None:
         "runs": records,
     }
     if options.json:
-        with write_whole(options.json) as partial:
-            partial.write_text(json.dumps(made, indent=1) + "\n")
+        text = json.dumps(made, indent=1) + "\n"
+        write_whole(options.json, lambda partial: partial.write_text(text))
     if options.plot:
         draw(options.plot, tasks, records)
 
