@@ -32,14 +32,13 @@ def copy_all(
     for index, x in enumerate(xs):
         key = (x.device, x.requires_grad) if _is_simple(x) else index
         groups.setdefault(key, []).append(index)
-    if len(groups) == 1 and _is_simple(xs[0]):
-        return _copy_alike(xs, dtype, scale)
-    copies: dict[int, torch.Tensor] = {}
+    copies: list[Any] = [None] * len(xs)
     for indices in groups.values():
         alike = [xs[index] for index in indices]
-        made = _copy_alike(alike, dtype, scale) if len(alike) > 1 else copy_all(alike, dtype, scale)
-        copies.update(zip(indices, made, strict=True))
-    return [copies[index] for index in range(len(xs))]
+        made = [_copy(alike[0], dtype, scale)] if len(alike) == 1 else _group(alike, dtype, scale)
+        for index, copy in zip(indices, made, strict=True):
+            copies[index] = copy
+    return copies
 
 
 def _copy(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
@@ -64,7 +63,7 @@ def _is_simple(x: torch.Tensor) -> bool:
     )
 
 
-def _copy_alike(
+def _group(
     xs: Sequence[torch.Tensor], dtype: torch.dtype, scale: torch.Tensor | None
 ) -> list[torch.Tensor]:
     if xs[0].requires_grad and torch.is_grad_enabled():
