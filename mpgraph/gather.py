@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from mpgraph.capture.captured import Captured, Slot, slots_of
 from mpgraph.loss_scale import CurrentScale
 from mpgraph.ops import enter
+from mpgraph.weight_groups import weight_groups
 from mpgraph.weights import WeightCopies
 
 Getter = Callable[[Sequence[Any]], Any]
@@ -25,23 +26,31 @@ def gatherer(
     What takes part in the fp16 region has its border here: the 16-bit copy of a parameter, and an
     fp16 tensor that requires a gradient.
     """
-    getters = [
-        _getter(model, captured, slot, copies, scale) for slot in slots_of(captured.graph_module)
+    slots = slots_of(captured.graph_module)
+    getters = [_getter(model, captured, slot, scale) for slot in slots]
+    groups = [
+        (places, [_home(model, slots[place]) for place in places], slots[places[0]])
+        for places in weight_groups(captured.graph_module)
     ]
-    return lambda leaves: [get(leaves) for get in getters]
+
+    def gather(leaves: Sequence[Any]) -> list[Any]:
+        values = [get(leaves) for get in getters]
+        for places, homes, slot in groups:
+            parameters = [table[name] for table, name in homes]
+            used = scale.read() if slot.scaled else None
+            made = copies.get_all(parameters, cast(torch.dtype, slot.dtype), used)
+            for place, copy in zip(places, made, strict=True):
+                values[place] = copy
+        return values
+
+    return gather
 
 
-def _getter(
-    model: nn.Module, captured: Captured, slot: Slot, copies: WeightCopies, scale: CurrentScale
-) -> Getter:
+def _getter(model: nn.Module, captured: Captured, slot: Slot, scale: CurrentScale) -> Getter:
+    if slot.kind == "cast":
+        return _later
     if slot.kind == "scale":
         return functools.partial(_read_scale, scale=scale)
-    if slot.kind == "cast":
-        table, name = _home(model, slot)
-        used = scale if slot.scaled else None
-        return functools.partial(
-            _weight, table=table, name=name, dtype=slot.dtype, copies=copies, scale=used
-        )
     get = _plain_getter(model, captured, slot)
     return functools.partial(_entering, get=get, scale=scale) if slot.scaled else get
 
@@ -75,16 +84,8 @@ def _entry(leaves: Sequence[Any], table: dict[str, Any], name: str) -> Any:
     return table[name]
 
 
-def _weight(
-    leaves: Sequence[Any],
-    table: dict[str, Any],
-    name: str,
-    dtype: torch.dtype | None,
-    copies: WeightCopies,
-    scale: CurrentScale | None,
-) -> Any:
-    assert dtype is not None
-    return copies.get(table[name], dtype, None if scale is None else scale.read())
+def _later(leaves: Sequence[Any]) -> Any:
+    """Of a 16-bit copy, which is made with others."""
 
 
 def _read_scale(leaves: Sequence[Any], scale: CurrentScale) -> Any:

@@ -80,15 +80,15 @@ class LossScale:
         )
         scale.clamp_(self.min_scale, self.max_scale)
         if self.hysteresis == 1:
-            return dataclasses.replace(self, scale=scale, growth_tracker=tracker)
+            return _rebuilt(self, {"scale": scale, "growth_tracker": tracker})
         left = torch.where(found > 0, self.hysteresis_tracker - 1, self.hysteresis)
         tolerated = (found > 0) & (left > 0)
-        return dataclasses.replace(
-            self,
-            scale=torch.where(tolerated, self.scale, scale),
-            growth_tracker=tracker,
-            hysteresis_tracker=left.to(torch.int32),
-        )
+        tensors = {
+            "scale": torch.where(tolerated, self.scale, scale),
+            "growth_tracker": tracker,
+            "hysteresis_tracker": left.to(torch.int32),
+        }
+        return _rebuilt(self, tensors)
 
     def to(self, device: torch.device | str) -> LossScale:
         """The same value with its tensors on another device."""

@@ -53,19 +53,20 @@ def _cast(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Ten
 @_on_values
 def _multiply(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
     # One kernel, in the dtype of x, which is the wider one.
-    return torch.mul(x, _beside(x, scale), out=torch.empty_like(x, dtype=dtype))
+    return torch.mul(x, beside(x, scale), out=torch.empty_like(x, dtype=dtype))
 
 
 @_on_values
 def _divide(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
     # A scale with one dimension makes torch compute in float32, whatever x is, in one kernel.
     if x.dim() and dtype is torch.float32:
-        return torch.div(x, _beside(x, scale).view(1))
+        return torch.div(x, beside(x, scale).view(1))
     # A kernel that computes in fp16 would make a scale above 65504 infinite.
-    return x.to(torch.promote_types(dtype, torch.float32)).div(_beside(x, scale)).to(dtype)
+    return x.to(torch.promote_types(dtype, torch.float32)).div(beside(x, scale)).to(dtype)
 
 
-def _beside(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def beside(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The scale on the device of ``x``."""
     return scale if scale.device == x.device else scale.to(x.device)
 
 
@@ -94,26 +95,31 @@ UNSCALE = _define("unscale", _divide)
 SCALE = _define("scale", _multiply)
 
 
-def _is_plain(x: torch.Tensor) -> bool:
+TENSORS = (torch.Tensor, torch.nn.Parameter)
+_count_modes = torch._C._len_torch_dispatch_stack
+_is_transformed = torch._C._are_functorch_transforms_active
+
+
+def is_plain(x: torch.Tensor) -> bool:
     """Whether nothing but the kernel would see a call of the operator on ``x``."""
-    return (
-        type(x) in _TENSORS
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return type(x) in TENSORS and not _count_modes() and not _is_transformed()
 
 
-_TENSORS = (torch.Tensor, torch.nn.Parameter)
+def is_watched() -> bool:
+    """Whether a mode or a transform sees every operator that runs."""
+    return bool(_count_modes() or _is_transformed())
 
 
-def _remember(ctx: Any, x: torch.Tensor, scale: torch.Tensor) -> None:
+def remember(ctx: Any, x: torch.Tensor, scale: torch.Tensor) -> None:
+    """Keep on ``ctx`` what the backward pass needs."""
     # Not save_for_backward: the first backward pass frees what that holds, and the 16-bit copy
     # of a parameter serves several.
     ctx.dtype, ctx.scale = x.dtype, scale
     ctx.version = None if scale.is_inference() else scale._version
 
 
-def _recall(ctx: Any) -> torch.Tensor:
+def recall(ctx: Any) -> torch.Tensor:
+    """The scale that ``ctx`` keeps, unless somebody has written to it."""
     scale: torch.Tensor = ctx.scale
     if ctx.version is not None and scale._version != ctx.version:
         raise RuntimeError(
@@ -134,20 +140,20 @@ def _differentiable(operator: OpOverload, kernel: Kernel, derivative: Kernel) ->
     class ScaledCast(_SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, x: Any, dtype: Any, scale: Any) -> Any:
-            _remember(ctx, x, scale)
-            if _is_plain(x):
+            remember(ctx, x, scale)
+            if is_plain(x):
                 return kernel(x, dtype, scale)
             with torch._C._AutoDispatchBelowAutograd():
                 return operator(x, dtype, scale)
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
-            return derivative(gradients[0], ctx.dtype, _recall(ctx)), None, None
+            return derivative(gradients[0], ctx.dtype, recall(ctx)), None, None
 
     apply = cast(Kernel, cast(Any, ScaledCast).apply)
 
     def direct(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling() or not _is_plain(x):
+        if torch.compiler.is_compiling() or not is_plain(x):
             return operator(x, dtype, scale)  # type: ignore[no-any-return]
         if x.requires_grad and torch.is_grad_enabled():
             return apply(x, dtype, scale)
@@ -170,14 +176,15 @@ def _direct(operator: OpOverload, kernel: Kernel) -> Kernel:
     """``operator`` in a backward pass: the kernel alone, if nobody differentiates or watches."""
 
     def run(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled() and _is_plain(x):
+        if not torch.is_grad_enabled() and is_plain(x):
             return kernel(x, dtype, scale)
         return operator(x, dtype, scale)  # type: ignore[no-any-return]
 
     return run
 
 
-lower = _differentiable(LOWER, _cast, _direct(UNSCALE, _divide))
+unscale = _direct(UNSCALE, _divide)
+lower = _differentiable(LOWER, _cast, unscale)
 widen = _differentiable(WIDEN, _cast, _direct(SCALE, _multiply))
 _differentiable(UNSCALE, _divide, LOWER)
 _differentiable(SCALE, _multiply, WIDEN)
@@ -188,24 +195,24 @@ DIRECT: dict[Any, Kernel] = {LOWER: lower, WIDEN: widen}
 class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, writable: bool) -> torch.Tensor:
-        _remember(ctx, x, scale)
+        remember(ctx, x, scale)
         # torch refuses a write to a view that a Function has made.
         return x.detach() if writable else x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return UNSCALE(gradients[0], ctx.dtype, _recall(ctx)), None, None
+        return UNSCALE(gradients[0], ctx.dtype, recall(ctx)), None, None
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        _remember(ctx, h, scale)
+        remember(ctx, h, scale)
         return h.detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return SCALE(gradients[0].float(), ctx.dtype, _recall(ctx)), None
+        return SCALE(gradients[0].float(), ctx.dtype, recall(ctx)), None
 
 
 Hooks = list[Mapping[int, Callable[[torch.Tensor], torch.Tensor | None]]]
@@ -214,23 +221,23 @@ Hooks = list[Mapping[int, Callable[[torch.Tensor], torch.Tensor | None]]]
 class _Hooked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: torch.Tensor, scale: torch.Tensor, hooks: Hooks) -> torch.Tensor:
-        _remember(ctx, h, scale)
+        remember(ctx, h, scale)
         ctx.hooks = hooks
         return h.detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        g: torch.Tensor = UNSCALE(gradients[0], torch.float32, _recall(ctx))
+        g: torch.Tensor = UNSCALE(gradients[0], torch.float32, recall(ctx))
         for hook in [hook for hooks in ctx.hooks for hook in hooks.values()]:
             changed = hook(g)
             g = g if changed is None else changed
-        return SCALE(g.float(), ctx.dtype, _recall(ctx)), None, None
+        return SCALE(g.float(), ctx.dtype, recall(ctx)), None, None
 
 
 class _Follow(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, h: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        _remember(ctx, h, scale)
+        remember(ctx, h, scale)
         ctx.mark_dirty(x)
         ctx.is_view = x._is_view()
         return x
@@ -240,7 +247,7 @@ class _Follow(torch.autograd.Function):
         (g,) = gradients
         # Of a view, torch puts the first gradient into that of the whole.
         before = torch.zeros_like(g) if ctx.is_view else None
-        return before, SCALE(g.float(), ctx.dtype, _recall(ctx)), None
+        return before, SCALE(g.float(), ctx.dtype, recall(ctx)), None
 
 
 def enter(x: torch.Tensor, scale: torch.Tensor, writable: bool = False) -> torch.Tensor:

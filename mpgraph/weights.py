@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from mpgraph.ops import lower
+from mpgraph.group_copies import copy_all
 
 _caches: weakref.WeakSet[WeightCopies] = weakref.WeakSet()
 _SAMPLES = 509
@@ -42,19 +43,38 @@ class WeightCopies:
         With a loss scale, they arrive multiplied by it, and leave divided by it: the copy belongs
         to the forward passes that use this very tensor.
         """
+        return self.get_all([parameter], dtype, scale)[0]
+
+    def get_all(
+        self,
+        parameters: Sequence[torch.Tensor],
+        dtype: torch.dtype,
+        scale: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """As :meth:`get`, of each; what is to be made is made in one go."""
         if self.masters:
-            return parameter
-        if parameter.device.type != "cpu" or torch.is_inference_mode_enabled():
-            return _copy(parameter, dtype, scale)
-        key = (id(parameter), dtype)
-        state = _state(parameter)
-        kept = self._copies.get(key)
-        if kept is not None and kept[0] is parameter and kept[1] == state and kept[4] is scale:
-            if torch.equal(_sample(parameter), kept[3]):
-                return cast(torch.Tensor, kept[2])
-        copy = _copy(parameter, dtype, scale)
-        self._copies[key] = (parameter, state, copy, _sample(parameter).clone(), scale)
-        return copy
+            return list(parameters)
+        if torch.is_inference_mode_enabled() or not all([p.is_cpu for p in parameters]):
+            return copy_all(parameters, dtype, scale)
+        stale = {id(p): p for p in parameters if not self._is_kept(p, dtype, scale)}
+        if stale:
+            made = copy_all([*stale.values()], dtype, scale)
+            for p, copy in zip(stale.values(), made, strict=True):
+                kept = (p, _state(p), copy, _sample(p).clone(), scale)
+                self._copies[id(p), dtype] = kept
+        return [self._copies[id(p), dtype][2] for p in parameters]
+
+    def _is_kept(
+        self, parameter: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None
+    ) -> bool:
+        kept = self._copies.get((id(parameter), dtype))
+        return (
+            kept is not None
+            and kept[0] is parameter
+            and kept[1] == _state(parameter)
+            and kept[4] is scale
+            and torch.equal(_sample(parameter), kept[3])
+        )
 
     def clear(self) -> None:
         """Forget every copy."""
@@ -65,10 +85,6 @@ class WeightCopies:
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return WeightCopies, ()
-
-
-def _copy(parameter: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
-    return parameter.to(dtype) if scale is None else lower(parameter, dtype, scale)
 
 
 def _state(parameter: torch.Tensor) -> tuple[Any, ...]:

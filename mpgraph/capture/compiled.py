@@ -23,6 +23,7 @@ from mpgraph.direct_calls import directly
 from mpgraph.loss_scale import CurrentScale
 from mpgraph.pipeline import NeedsStaticShapes, PassContext
 from mpgraph.precision import logger
+from mpgraph.weight_groups import weight_groups
 from mpgraph.weights import WeightCopies
 
 
@@ -53,11 +54,28 @@ class CallCopies:
         self, parameter: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The call's copy of a parameter; a call has one loss scale."""
-        key = (id(parameter), parameter._version, dtype, torch.is_grad_enabled(), scale is None)
-        if key not in self._made:
-            # The parameter goes in as well, so that its id stays its own.
-            self._made[key] = self._kept.get(parameter, dtype, scale), parameter
-        return self._made[key][0]  # type: ignore[no-any-return]
+        return self.get_all([parameter], dtype, scale)[0]
+
+    def get_all(
+        self,
+        parameters: Sequence[torch.Tensor],
+        dtype: torch.dtype,
+        scale: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """As :meth:`get`, of each; what is to be made is made in one go."""
+        now = (dtype, torch.is_grad_enabled(), scale is None)
+        keys = [(id(parameter), parameter._version, *now) for parameter in parameters]
+        missing = {
+            key: parameter
+            for key, parameter in zip(keys, parameters, strict=True)
+            if key not in self._made
+        }
+        if missing:
+            made = self._kept.get_all([*missing.values()], dtype, scale)
+            for (key, parameter), copy in zip(missing.items(), made, strict=True):
+                # The parameter goes in as well, so that its id stays its own.
+                self._made[key] = copy, parameter
+        return [self._made[key][0] for key in keys]
 
 
 class Call:
@@ -119,6 +137,7 @@ def _runner(gm: fx.GraphModule, context: PassContext) -> Callable[..., Any]:
     run = directly(gm)
     device = context.device
     writes = _writes_to_halves(gm)
+    groups = weight_groups(gm)
 
     def run_graph(*values: Any) -> Any:
         call = _current()
@@ -126,6 +145,8 @@ def _runner(gm: fx.GraphModule, context: PassContext) -> Callable[..., Any]:
         try:
             with torch.autocast(device, enabled=False):
                 taken = [_value(slot, values, call) for slot in slots]
+                for places in groups:
+                    _fill_copies(places, slots[places[0]], taken, call)
                 if writes:
                     call.crossings.settle()
                 chosen = run if calls.watch is None else calls.watch(gm)
@@ -152,9 +173,16 @@ def _value(slot: Slot, values: Sequence[Any], call: Call) -> Any:
     if slot.kind == "scale":
         return call.scale
     value = values[slot.index]
-    if slot.dtype is not None:
-        return call.copies.get(value, slot.dtype, call.scale if slot.scaled else None)
-    return call.crossings.inner(value) if slot.scaled else value
+    return call.crossings.inner(value) if slot.scaled and slot.dtype is None else value
+
+
+def _fill_copies(places: list[int], slot: Slot, taken: list[Any], call: Call) -> None:
+    """Put copies in the places of the parameters; the slots of a group are alike."""
+    assert slot.dtype is not None
+    parameters = [taken[place] for place in places]
+    made = call.copies.get_all(parameters, slot.dtype, call.scale if slot.scaled else None)
+    for place, copy in zip(places, made, strict=True):
+        taken[place] = copy
 
 
 def runner(compiled: CompiledGraph) -> Callable[..., Any]:

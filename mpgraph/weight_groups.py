@@ -1,0 +1,58 @@
+"""Which 16-bit copies of parameters a graph takes are made together."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Hashable
+
+import torch
+from torch import fx
+
+from mpgraph.capture.captured import Slot
+
+# How many copies are made together at most; 1 makes each by itself. Gradients wait in 16 bit for
+# those of their group: more of them would take more memory, and reach DDP's buckets later.
+GROUP = 16
+
+
+def weight_groups(gm: fx.GraphModule) -> list[list[int]]:
+    """The positions, among the placeholders, of copies to make together; every copy is in one list.
+
+    Neighbours in order of use, of one dtype. Gradients of a group come in together, so all of it
+    must reach the same outputs: otherwise the gradient of one output, taken with respect to its own
+    head, would go through the trunk, and free its tensors. A parameter that the graph takes in
+    another form too is by itself, so that its gradients add up in the same order as before.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    slots: list[Slot] = [node.meta["slot"] for node in placeholders]
+    forms = collections.Counter((slot.target, slot.index) for slot in slots)
+    first, reached = _uses(gm.graph)
+    copies = [i for i, slot in enumerate(slots) if slot.dtype is not None]
+    copies.sort(key=lambda i: first.get(placeholders[i], len(first)))
+    alike: dict[Hashable, list[int]] = {}
+    for i in copies:
+        slot = slots[i]
+        alone = i if forms[slot.target, slot.index] > 1 else None
+        key = (slot.dtype, slot.scaled, reached.get(placeholders[i], 0), alone)
+        alike.setdefault(key, []).append(i)
+    return [
+        same[start : start + GROUP]
+        for same in alike.values()
+        for start in range(0, len(same), GROUP)
+    ]
+
+
+def _uses(graph: fx.Graph) -> tuple[dict[fx.Node, int], dict[fx.Node, int]]:
+    """Where each value is used first, and the outputs that its gradient may come from, as bits."""
+    first: dict[fx.Node, int] = {}
+    reached: dict[fx.Node, int] = collections.defaultdict(int)
+    nodes = list(graph.nodes)
+    for position, node in reversed(list(enumerate(nodes))):
+        for source in node.all_input_nodes:
+            first[source] = position
+            if node.target is not torch.ops.aten.detach.default:
+                reached[source] |= reached[node]
+        if node.op == "output":
+            for bit, result in enumerate(node.all_input_nodes):
+                reached[result] |= 1 << bit
+    return first, dict(reached)
