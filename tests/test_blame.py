@@ -324,6 +324,53 @@ def test_both_graphs_of_a_broken_model_are_seen(factor, after):
     assert "not seen here" in report.notes[0]
 
 
+@pytest.mark.parametrize(("precision", "error"), [("fp16", 1e-6), ("bf16", 1e-2)])
+def test_true_ranges_go_on_in_fp32_behind_a_graph_break(precision, error):
+    torch.manual_seed(0)
+    plain = Broken(1e7, 1e-6)
+    model = mpgraph.convert(plain, precision, capture="dynamo")
+    report = mpgraph.blame(model, X, loss_fn=lambda y: y.float().square().mean() * 1e-8)
+    y = plain.second(plain.first(X) * plain.factor)
+    (y * plain.after).square().mean().mul(1e-8).backward()
+    gradients = [n.true_gradient.largest for n in report.nodes if n.true_gradient]
+    for linear in (plain.first, plain.second):
+        want = pytest.approx(linear.weight.grad.abs().max().item(), rel=error)
+        assert any(found == want for found in gradients)
+    want = pytest.approx(y.abs().max().item(), rel=1e-6)
+    assert any(n.true_forward.largest == want for n in report.nodes)
+
+
+def test_a_hook_that_python_sets_between_two_graphs_runs_in_both_replays():
+    class Hooked(Broken):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            torch._dynamo.graph_break()
+            h.register_hook(lambda g: g * 1e20)
+            torch._dynamo.graph_break()
+            return self.second(h)
+
+    report = mpgraph.blame(
+        mpgraph.convert(Hooked(1, 1), "fp16", capture="dynamo"), X, loss_fn=square
+    )
+    (spread,) = [n.true_gradient for n in report.nodes if n.name == "w_first_weight_fp16"]
+    assert spread.largest > 1e15
+
+
+def test_what_overflows_in_python_is_said_to_be_between_graphs():
+    class Between(Broken):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            torch._dynamo.graph_break()
+            h = torch._dynamo.disable(torch.mul)(h, 1e7)
+            return self.second(h)
+
+    report = mpgraph.blame(
+        mpgraph.convert(Between(1, 1), "fp16", capture="dynamo"), X, loss_fn=square
+    )
+    assert report.finding.kind == "between"
+    assert not report.finding.overrides
+
+
 class Checkpointed(nn.Module):
     def __init__(self, reentrant: bool) -> None:
         super().__init__()

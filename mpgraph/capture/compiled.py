@@ -66,7 +66,7 @@ class Call:
     def __init__(self, weights: WeightCopies, scale: CurrentScale) -> None:
         self.copies = CallCopies(weights)
         self._scale = scale
-        self.crossings = Crossings(lambda: self.scale)
+        self.crossings = calls.crossings or Crossings(lambda: self.scale)
         self.ran: dict[int, CompiledGraph] = {}
 
     @functools.cached_property
@@ -79,6 +79,7 @@ class _Calls(threading.local):
     now: Call | None = None
     # What runs a rewritten graph instead: see mpgraph.ranges.
     watch: Callable[[fx.GraphModule], Callable[..., Any]] | None = None
+    crossings: Crossings | None = None  # of a replay in fp32
 
 
 calls = _Calls()
@@ -154,7 +155,8 @@ def _value(slot: Slot, values: Sequence[Any], call: Call) -> Any:
     value = values[slot.index]
     if slot.dtype is not None:
         return call.copies.get(value, slot.dtype, call.scale if slot.scaled else None)
-    return call.crossings.inner(value) if slot.scaled else value
+    crosses = slot.scaled or call.crossings.takes_all
+    return call.crossings.inner(value) if crosses else value
 
 
 def runner(compiled: CompiledGraph) -> Callable[..., Any]:
