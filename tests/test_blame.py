@@ -385,11 +385,14 @@ class Checkpointed(nn.Module):
         return self.last(F.layer_norm(h, (8,)))
 
 
-def test_a_checkpoint_is_looked_into():
-    model = mpgraph.convert(Checkpointed(False), "fp16")
-    finding = mpgraph.blame(model, X, 1e7, loss_fn=square).finding
+@pytest.mark.parametrize("capture", ["auto", "dynamo"])
+def test_a_checkpoint_is_looked_into(capture):
+    model = mpgraph.convert(Checkpointed(False), "fp16", capture=capture)
+    report = mpgraph.blame(model, X, 1e7, loss_fn=square)
+    finding = report.finding
     assert (finding.kind, finding.operator) == ("forward", "aten.mul.Tensor")
-    assert finding.tried
+    # Where Dynamo keeps the checkpoint, what leaves it is fp16, whatever is pinned inside.
+    assert finding.tried == (mpgraph.explain(model).graphs[0].engine == "export")
 
 
 def test_gradients_inside_a_checkpoint_equal_those_without_one():
