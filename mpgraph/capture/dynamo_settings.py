@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import utils as dynamo_utils
+from torch._dynamo.exc import unimplemented
 from torch._dynamo.variables import TensorVariable, higher_order_ops
+
+from mpgraph.capture import kept
 
 
 @contextlib.contextmanager
@@ -35,6 +38,7 @@ def configured(device: str, limit: int) -> Iterator[None]:
             accumulated_recompile_limit=64 * limit,
         ),
         _without_autocast_in_backward(device),
+        _hooks_in_python(),
         _quiet(),
     ):
         yield
@@ -57,6 +61,35 @@ _BACKWARD_TRACERS: tuple[tuple[Any, str], ...] = (
     (higher_order_ops.AutogradFunctionApplyVariable, "trace_backward_graph"),
     (TensorVariable, "_method_register_hook"),
 )
+
+
+@contextlib.contextmanager
+def _hooks_in_python() -> Iterator[None]:
+    """Break the graph at a hook on a value, where a release has no operator for it.
+
+    It would make a custom Function of the hook, which sees gradients as its graph has them: in
+    fp16 multiplied by the loss scale.
+    """
+    if kept.HOOK is not None:
+        yield
+        return
+    original = TensorVariable._method_register_hook
+
+    def trace(self: Any, tx: Any, name: str, hook: Any) -> Any:
+        if self.source:
+            return original(self, tx, name, hook)
+        unimplemented(
+            gb_type="a hook on a value",
+            context=name,
+            explanation="this release of torch runs it in Python",
+            hints=[],
+        )
+
+    TensorVariable._method_register_hook = trace
+    try:
+        yield
+    finally:
+        TensorVariable._method_register_hook = original
 
 
 @contextlib.contextmanager
