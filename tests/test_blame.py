@@ -303,9 +303,7 @@ class Broken(nn.Module):
     def __init__(self, factor: float, after: float) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
-        # Not plain numbers: Dynamo takes one that differs between two models for a variable.
-        self.register_buffer("factor", torch.tensor(factor))
-        self.register_buffer("after", torch.tensor(after))
+        self.factor, self.after = factor, after
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x) * self.factor

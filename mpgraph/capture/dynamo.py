@@ -146,7 +146,7 @@ class DynamoEngine:
             with (
                 self._watched(model),
                 capturing(),
-                configured(self.context.device, self.state.settings.max_graphs),
+                configured(self.context.device, self.state.settings.max_graphs, len(self._live)),
                 self.context.autocast(),
             ):
                 result = self._run(model, args, kwargs)

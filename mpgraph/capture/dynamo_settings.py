@@ -17,8 +17,11 @@ from mpgraph.capture import kept
 
 
 @contextlib.contextmanager
-def configured(device: str, limit: int) -> Iterator[None]:
-    """Dynamo as the engine needs it, while a call runs; ``limit`` is the most graphs of a model."""
+def configured(device: str, limit: int, count: int) -> Iterator[None]:
+    """Dynamo as the engine needs it, while a call runs.
+
+    A model has ``count`` graphs so far, and at most ``limit``.
+    """
     with (
         dynamo_config.patch(
             suppress_errors=False,
@@ -28,6 +31,9 @@ def configured(device: str, limit: int) -> Iterator[None]:
             allow_unspec_int_on_nn_module=True,
             # A hook that is added between calls is seen.
             skip_nnmodule_hook_guards=False,
+            # A float is a constant, as in eager mode; one that goes on changing becomes an input,
+            # which Dynamo cannot hand to a checkpoint or a hook.
+            specialize_float=count < limit // 4,
             allow_rnn=True,  # otherwise every torch.nn.LSTM is left to eager mode
             # An assert on data stays one, with its own exception, which forward may catch.
             rewrite_assert_with_torch_assert=False,
@@ -73,7 +79,8 @@ def _hooks_in_python() -> Iterator[None]:
     if kept.HOOK is not None:
         yield
         return
-    original = TensorVariable._method_register_hook
+    owner: Any = TensorVariable
+    original = owner._method_register_hook
 
     def trace(self: Any, tx: Any, name: str, hook: Any) -> Any:
         if self.source:
@@ -85,11 +92,11 @@ def _hooks_in_python() -> Iterator[None]:
             hints=[],
         )
 
-    TensorVariable._method_register_hook = trace
+    owner._method_register_hook = trace
     try:
         yield
     finally:
-        TensorVariable._method_register_hook = original
+        owner._method_register_hook = original
 
 
 @contextlib.contextmanager
