@@ -1101,6 +1101,18 @@ def test_floats_without_end_among_the_arguments_are_an_error_that_says_so():
             call_often()
 
 
+def test_what_fails_on_open_sizes_is_compiled_for_each_size():
+    class Quantiles(TwoLayers):
+        count = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.count += 1
+            return (self.second(x) + self.first(x).float().quantile(0.3, -1, keepdim=True)).sum()
+
+    model = assert_trains_like_autocast(Quantiles, sizes=(4, 6, 8))
+    assert model.count == 3
+
+
 def test_a_model_that_dynamo_may_not_touch_is_reported():
     class Off(TwoLayers):
         @torch.compiler.disable
