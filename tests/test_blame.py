@@ -303,9 +303,7 @@ class Broken(nn.Module):
     def __init__(self, factor: float, after: float) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
-        # Not plain numbers: Dynamo takes one that differs between two models for a variable.
-        self.register_buffer("factor", torch.tensor(factor))
-        self.register_buffer("after", torch.tensor(after))
+        self.factor, self.after = factor, after
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x) * self.factor
@@ -324,6 +322,53 @@ def test_both_graphs_of_a_broken_model_are_seen(factor, after):
     assert "not seen here" in report.notes[0]
 
 
+@pytest.mark.parametrize(("precision", "error"), [("fp16", 1e-6), ("bf16", 1e-2)])
+def test_true_ranges_go_on_in_fp32_behind_a_graph_break(precision, error):
+    torch.manual_seed(0)
+    plain = Broken(1e7, 1e-6)
+    model = mpgraph.convert(plain, precision, capture="dynamo")
+    report = mpgraph.blame(model, X, loss_fn=lambda y: y.float().square().mean() * 1e-8)
+    y = plain.second(plain.first(X) * plain.factor)
+    (y * plain.after).square().mean().mul(1e-8).backward()
+    gradients = [n.true_gradient.largest for n in report.nodes if n.true_gradient]
+    for linear in (plain.first, plain.second):
+        want = pytest.approx(linear.weight.grad.abs().max().item(), rel=error)
+        assert any(found == want for found in gradients)
+    want = pytest.approx(y.abs().max().item(), rel=1e-6)
+    assert any(n.true_forward.largest == want for n in report.nodes)
+
+
+def test_a_hook_that_python_sets_between_two_graphs_runs_in_both_replays():
+    class Hooked(Broken):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            torch._dynamo.graph_break()
+            h.register_hook(lambda g: g * 1e20)
+            torch._dynamo.graph_break()
+            return self.second(h)
+
+    report = mpgraph.blame(
+        mpgraph.convert(Hooked(1, 1), "fp16", capture="dynamo"), X, loss_fn=square
+    )
+    (spread,) = [n.true_gradient for n in report.nodes if n.name == "w_first_weight_fp16"]
+    assert spread.largest > 1e15
+
+
+def test_what_overflows_in_python_is_said_to_be_between_graphs():
+    class Between(Broken):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            torch._dynamo.graph_break()
+            h = torch._dynamo.disable(torch.mul)(h, 1e7)
+            return self.second(h)
+
+    report = mpgraph.blame(
+        mpgraph.convert(Between(1, 1), "fp16", capture="dynamo"), X, loss_fn=square
+    )
+    assert report.finding.kind == "between"
+    assert not report.finding.overrides
+
+
 class Checkpointed(nn.Module):
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
@@ -338,11 +383,14 @@ class Checkpointed(nn.Module):
         return self.last(F.layer_norm(h, (8,)))
 
 
-def test_a_checkpoint_is_looked_into():
-    model = mpgraph.convert(Checkpointed(False), "fp16")
-    finding = mpgraph.blame(model, X, 1e7, loss_fn=square).finding
+@pytest.mark.parametrize("capture", ["auto", "dynamo"])
+def test_a_checkpoint_is_looked_into(capture):
+    model = mpgraph.convert(Checkpointed(False), "fp16", capture=capture)
+    report = mpgraph.blame(model, X, 1e7, loss_fn=square)
+    finding = report.finding
     assert (finding.kind, finding.operator) == ("forward", "aten.mul.Tensor")
-    assert finding.tried
+    # Where Dynamo keeps the checkpoint, what leaves it is fp16, whatever is pinned inside.
+    assert finding.tried == (mpgraph.explain(model).graphs[0].engine == "export")
 
 
 def test_gradients_inside_a_checkpoint_equal_those_without_one():

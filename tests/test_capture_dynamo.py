@@ -19,6 +19,7 @@ import mpgraph
 from mpgraph import CaptureError
 from mpgraph.capture import compiled, dynamo_settings, engines, lower
 from mpgraph.capture.keep import CannotLower
+from mpgraph.capture.kept import HOOK
 from mpgraph.module import state_of
 from mpgraph.pipeline import NeedsStaticShapes
 from mpgraph.weights import WeightCopies
@@ -369,7 +370,10 @@ def test_a_hook_computes_outside_of_autocast():
     assert_trains_like_autocast(MultiplyingHook)
 
 
-@pytest.mark.parametrize("make", [ReadsDtype, MultiplyingHook])
+traces_hooks = pytest.mark.skipif(HOOK is None, reason="this torch runs hooks in Python")
+
+
+@pytest.mark.parametrize("make", [ReadsDtype, pytest.param(MultiplyingHook, marks=traces_hooks)])
 def test_a_backward_that_was_traced_in_other_dtypes_is_refused(make, monkeypatch):
     # As with a release of torch whose tracing cannot be kept out of autocast.
     monkeypatch.setattr(dynamo_settings, "_BACKWARD_TRACERS", ())
@@ -1006,6 +1010,108 @@ def test_too_many_graphs_are_an_error_and_not_eager_mode():
 
     with pytest.raises(CaptureError, match=r"split this model into 8 graphs.*max_graphs"):
         call_often()
+
+
+class Scaled(TwoLayers):
+    """Floats from three places; the branch on data sends it to Dynamo."""
+
+    def __init__(self, factor: float = 0.5) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor, temperature: float = 0.7) -> torch.Tensor:
+        h = self.first(x) * self.factor
+        if h.sum() < 1e9:
+            h = h + self.factor
+        return (self.second(h) / temperature).softmax(-1) * F.silu(h).mul(temperature)
+
+
+def train_once(model: nn.Module, x: torch.Tensor, *args: float) -> list[torch.Tensor]:
+    model.zero_grad()
+    y = model(x, *args)
+    y.float().square().sum().backward()
+    return [y.detach(), *(p.grad for p in model.parameters())]
+
+
+def assert_floats_are_as_in_autocast(
+    converted: list[nn.Module], eager: list[nn.Module], floats: list[float]
+) -> None:
+    x = torch.randn(4, 8)
+    for model, plain in zip(converted, eager, strict=True):
+        for value in floats:
+            got = train_once(model, x, value)
+            with torch.autocast("cpu", torch.bfloat16):
+                want = train_once(plain, x, value)
+            assert all(torch.equal(g.float(), w.float()) for g, w in zip(got, want, strict=True))
+        for entry in entries(model):
+            assert all("if h.sum() < 1e9" in b.line for b in entry.breaks)  # the one branch
+            assert all(compiled.graphs for compiled in entry._compiled.values())
+
+
+@pytest.mark.parametrize("capture", ["auto", "dynamo"])
+def test_models_with_other_floats_and_floats_that_change_are_all_rewritten(capture):
+    plain = [Scaled(0.5), Scaled(0.25), Scaled(1e-3)]
+    models = [
+        mpgraph.convert(copy.deepcopy(m), "bf16", policy="autocast-cpu", capture=capture)
+        for m in plain
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_floats_are_as_in_autocast(models, plain, [0.7, 0.9, 1.3, 0.7])
+        for number, model in enumerate([*models, *plain]):
+            model.factor = 0.125 * (1 + number % 3)
+        assert_floats_are_as_in_autocast(models, plain, [0.7, 0.9])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_float_that_every_call_sets_anew_costs_a_few_graphs_and_no_more(precision):
+    class Anneals(TwoLayers):
+        factor = 0.5
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.factor = self.factor * 0.97 + 0.1
+            return self.second(self.first(x) * self.factor)
+
+    plain = Anneals()
+    model = mpgraph.convert(
+        copy.deepcopy(plain), precision, policy="autocast-cpu", capture="dynamo", max_graphs=16
+    )
+    state_of(model).scale.replace(mpgraph.LossScale(init_scale=1.0))  # like torch's
+    x = torch.randn(4, 8)
+    for _ in range(24):
+        got = train_once(model, x)
+        with torch.autocast("cpu", torch.bfloat16 if precision == "bf16" else torch.float16):
+            want = train_once(plain, x)
+        error = 0 if precision == "bf16" else 1e-3  # fp16 gradients are scaled, torch's are not
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g.float(), w.float(), rtol=error, atol=error)
+    (entry,) = entries(model)
+    assert 16 // 4 < len(entry.graphs) < 8
+    assert not entry.breaks
+
+
+def test_floats_without_end_among_the_arguments_are_an_error_that_says_so():
+    model = mpgraph.convert(Scaled(), "bf16", capture="dynamo", max_graphs=8)
+
+    def call_often() -> None:
+        for step in range(12):
+            model(torch.randn(4, 8), 0.5 + step / 16)
+
+    with pytest.warns(UserWarning, match="max_graphs"):
+        with pytest.raises(CaptureError, match=r"pass changing numbers as tensors.*max_graphs"):
+            call_often()
+
+
+def test_what_fails_on_open_sizes_is_compiled_for_each_size():
+    class Quantiles(TwoLayers):
+        count = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.count += 1
+            return (self.second(x) + self.first(x).float().quantile(0.3, -1, keepdim=True)).sum()
+
+    model = assert_trains_like_autocast(Quantiles, sizes=(4, 6, 8))
+    assert model.count == 3
 
 
 def test_a_model_that_dynamo_may_not_touch_is_reported():

@@ -84,8 +84,9 @@ class Call:
     def __init__(self, weights: WeightCopies, scale: CurrentScale) -> None:
         self.copies = CallCopies(weights)
         self._scale = scale
-        self.crossings = Crossings(lambda: self.scale)
+        self.crossings = calls.crossings or Crossings(lambda: self.scale)
         self.ran: dict[int, CompiledGraph] = {}
+        self.broken = False  # whether Python has run between graphs, or before them
 
     @functools.cached_property
     def scale(self) -> torch.Tensor:
@@ -97,6 +98,7 @@ class _Calls(threading.local):
     now: Call | None = None
     # What runs a rewritten graph instead: see mpgraph.ranges.
     watch: Callable[[fx.GraphModule], Callable[..., Any]] | None = None
+    crossings: Crossings | None = None  # of a replay in fp32
 
 
 calls = _Calls()
@@ -173,7 +175,8 @@ def _value(slot: Slot, values: Sequence[Any], call: Call) -> Any:
     if slot.kind == "scale":
         return call.scale
     value = values[slot.index]
-    return call.crossings.inner(value) if slot.scaled and slot.dtype is None else value
+    crosses = slot.dtype is None and (slot.scaled or call.crossings.takes_all)
+    return call.crossings.inner(value) if crosses else value
 
 
 def _fill_copies(places: list[int], slot: Slot, taken: list[Any], call: Call) -> None:

@@ -34,6 +34,8 @@ class _Pair:
 class Crossings:
     """The fp16 values with gradients that are under way in one call."""
 
+    takes_all = False  # whether graphs take inner tensors for values without gradients too
+
     def __init__(self, scale: Callable[[], torch.Tensor]) -> None:
         self._scale = scale  # asked for only where a gradient needs it
         self._pairs: Any = WeakTensorKeyDictionary()
@@ -48,10 +50,13 @@ class Crossings:
             if pair is not None:
                 self._refuse_torn(outer)
             return self._paired(outer, ops.enter(outer, self._scale(), writable=True)).inner
+        return self._with_hooks(outer, pair)
+
+    def _with_hooks(self, outer: torch.Tensor, pair: _Pair) -> torch.Tensor:
         if not pair.hooked and (hooks := _hooks(outer)):
             pair.inner, pair.hooked = ops.hooked(pair.inner, self._scale(), hooks), True
             self._outer[pair.inner] = weakref.ref(outer)
-        return pair.inner  # type: ignore[no-any-return]
+        return pair.inner
 
     def outer(self, inner: torch.Tensor) -> torch.Tensor:
         """What Python gets, for a tensor that a graph has yielded."""
@@ -119,6 +124,42 @@ class Crossings:
         for other in list(self._pairs.keys()):
             if _memory(other) == _memory(written) and not _is_kin(other, written):
                 raise _torn()
+
+
+class WideCrossings(Crossings):
+    """The same in a replay in fp32: the inner tensors are fp32, and gradients true throughout."""
+
+    takes_all = True
+
+    def __init__(self) -> None:
+        super().__init__(lambda: torch.ones(()))
+
+    def narrowed(self, inner: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The outer tensor of an fp32 value, in the dtype that Python expects."""
+        outer = inner.to(dtype)
+        self._paired(outer, inner)
+        return outer
+
+    def inner(self, outer: torch.Tensor) -> torch.Tensor:
+        """What a graph takes: what Python itself has computed or written to is not widened."""
+        is_paired = isinstance(outer, torch.Tensor) and self._is_current(outer)
+        return self._with_hooks(outer, self._pairs[outer]) if is_paired else outer
+
+    def outer(self, inner: torch.Tensor) -> torch.Tensor:
+        """What Python gets: a graph's results have been narrowed already."""
+        return inner
+
+    def settle(self) -> None:
+        """Nothing: see :meth:`inner`."""
+
+    def follow(self) -> None:
+        """After a graph that writes to what it takes: Python sees what was written."""
+        for outer, pair in list(self._pairs.items()):
+            if self._is_current(outer):
+                outer.data.copy_(pair.inner)
+
+    def _wide(self, value: torch.Tensor) -> torch.Tensor:
+        return self.inner(value).float()
 
 
 def _hooks(outer: Any) -> ops.Hooks:

@@ -14,10 +14,15 @@ from torch._dynamo import exc
 from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.variables import TensorVariable, builder, higher_order_ops, tensor
 
+from mpgraph.capture import kept
+
 
 @contextlib.contextmanager
-def configured(device: str, limit: int) -> Iterator[None]:
-    """Dynamo as the engine needs it, while a call runs; ``limit`` is the most graphs of a model."""
+def configured(device: str, limit: int, count: int, *, static: bool) -> Iterator[None]:
+    """Dynamo as the engine needs it, while a call runs.
+
+    A model has ``count`` graphs so far, and at most ``limit``; with ``static``, one for every size.
+    """
     with (
         dynamo_config.patch(
             suppress_errors=False,
@@ -27,6 +32,10 @@ def configured(device: str, limit: int) -> Iterator[None]:
             allow_unspec_int_on_nn_module=True,
             # A hook that is added between calls is seen.
             skip_nnmodule_hook_guards=False,
+            # A float is a constant, as in eager mode; one that goes on changing becomes an input,
+            # which Dynamo cannot hand to a checkpoint or a hook.
+            specialize_float=count < limit // 4,
+            automatic_dynamic_shapes=not static,
             allow_rnn=True,  # otherwise every torch.nn.LSTM is left to eager mode
             # An assert on data stays one, with its own exception, which forward may catch.
             rewrite_assert_with_torch_assert=False,
@@ -38,6 +47,7 @@ def configured(device: str, limit: int) -> Iterator[None]:
         ),
         _without_autocast_in_backward(device),
         _breaks_where_tracing_fails(),
+        _hooks_in_python(),
         _quiet(),
     ):
         yield
@@ -60,6 +70,36 @@ _BACKWARD_TRACERS: tuple[tuple[Any, str], ...] = (
     (higher_order_ops.AutogradFunctionApplyVariable, "trace_backward_graph"),
     (TensorVariable, "_method_register_hook"),
 )
+
+
+@contextlib.contextmanager
+def _hooks_in_python() -> Iterator[None]:
+    """Break the graph at a hook on a value, where a release has no operator for it.
+
+    It would make a custom Function of the hook, which sees gradients as its graph has them: in
+    fp16 multiplied by the loss scale.
+    """
+    if kept.HOOK is not None:
+        yield
+        return
+    owner: Any = TensorVariable
+    original = owner._method_register_hook
+
+    def trace(self: Any, tx: Any, name: str, hook: Any) -> Any:
+        if self.source:
+            return original(self, tx, name, hook)
+        exc.unimplemented(
+            gb_type="a hook on a value",
+            context=name,
+            explanation="this release of torch runs it in Python",
+            hints=[],
+        )
+
+    owner._method_register_hook = trace
+    try:
+        yield
+    finally:
+        owner._method_register_hook = original
 
 
 @contextlib.contextmanager

@@ -124,6 +124,8 @@ class _Tracer(fx.Interpreter):
         if n in self.examples:
             with self._set_current_node(n):
                 return self._record(n)
+        if n.target == "item" and isinstance(n.meta.get("example_value"), torch.SymFloat):
+            return self._read(n)
         graph = _proxy_tracer().graph
         last = next(iter(reversed(graph.nodes)), None)
         value = super().run_node(n)
@@ -140,6 +142,14 @@ class _Tracer(fx.Interpreter):
         if target is _DATA:
             return args[0].detach()
         return super().call_function(target, args, kwargs)
+
+    def _read(self, node: fx.Node) -> Any:
+        """A float that has varied: Dynamo passes it as a tensor, whose value tracing lacks."""
+        args, _ = self.fetch_args_kwargs_from_env(node)
+        tracer = _proxy_tracer()
+        source = tracer.unwrap_proxy(args[0])
+        call = tracer.create_proxy("call_function", _ITEM, (source,), {})
+        return track_tensor_tree(node.meta["example_value"], call, constant=None, tracer=tracer)
 
     def _record(self, node: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(node)
@@ -163,6 +173,7 @@ def _is_silent(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") in _SILENT
 
 
+_ITEM = torch.ops.aten._local_scalar_dense.default
 _DATA: Any = getattr(torch._C._autograd, "_get_data_attr", None)
 # Calls that need leave nothing behind: two prepare or observe torch itself, two are marks.
 _SILENT = frozenset(

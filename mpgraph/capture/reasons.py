@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 _BRANCH = "it branches on the values of a tensor"
+_TRANSFORM = "a function transform such as vmap around operators"
 _NUMBER = "it makes a Python number (a size, an index) of a tensor's value"
 _SIZE = "the size of one of its tensors depends on the values of another"
 
@@ -28,6 +29,8 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("UserError", r"(?i)constraint", "the sizes of its inputs depend on each other"),
     ("RuntimeError", r"\.numpy\(\)|numpy\.ndarray", "it makes a numpy array of a tensor"),
     ("RuntimeError", r"[Cc]annot access data pointer", "it reads a tensor's memory directly"),
+    ("NotImplementedError", r"torch\._C\.Generator", "it draws from a random generator of its own"),
+    ("AssertionError", r"Expected FakeTensor, got <class 'torch\.Tensor'>", _TRANSFORM),  # 2.11
     ("TypeError", r"format string passed to Fake", "it writes the value of a tensor into a text"),
 )  # fmt: skip
 

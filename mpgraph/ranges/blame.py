@@ -193,9 +193,10 @@ class _Case:
     def _beyond_fp32(self, true: Trace) -> Finding:
         """Not fp16's doing."""
         for run, node in given_wrong(true):
-            slot = node.meta["slot"]
-            kind: Kind = "input" if slot.kind == "input" else "parameter"
-            return _finding(kind, node, run.forward[node], name=slot.target)
+            kind: Kind = "input" if node.meta["slot"].kind == "input" else "parameter"
+            if _is_from_python(run, node, true):
+                kind = "between"
+            return _finding(kind, node, run.forward[node], name=node.meta["slot"].target)
         origin = find_origin(true, None)
         if origin is None:
             return Finding("loss", largest=_magnitude(self.trace.loss))
@@ -271,6 +272,13 @@ def _true(step: Step) -> tuple[Trace | None, str]:
     except Exception as error:
         logger.debug("no replay in fp32: %r", error)
         return None, str(error).splitlines()[0] if str(error) else repr(error)
+
+
+def _is_from_python(run: Run, node: fx.Node, trace: Trace) -> bool:
+    """Whether an input of one of Dynamo's later graphs has been computed in the step itself."""
+    is_later = any(r.owner is run.owner for r in trace.runs[: trace.runs.index(run)])
+    is_computed = node.meta.get("differentiable") and not node.meta.get("leaf")
+    return bool(run.graph_module.meta.get("crossing") and is_later and is_computed)
 
 
 def _is_whole(origin: Origin) -> bool:

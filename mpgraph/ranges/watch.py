@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from mpgraph import ir
 from mpgraph.capture import kept
 from mpgraph.capture.compiled import calls
+from mpgraph.capture.crossing import WideCrossings
 from mpgraph.ranges.measure import measure
 from mpgraph.ranges.records import Spread
 
@@ -52,6 +53,7 @@ class Watch:
 
     def __init__(self, *, true: bool = False) -> None:
         self.true = true
+        self.crossings = WideCrossings() if true else None
         self.runs: list[Run] = []
         self.entries: list[Any] = []
         self._owner: Any = None
@@ -83,13 +85,14 @@ class Watch:
     def active(self, states: list[Any]) -> Iterator[Watch]:
         """Watch these converted models."""
         before = [(state, state.observer, state.weights.masters) for state in states]
-        watching, calls.watch = calls.watch, self.runner
+        watching = calls.watch, calls.crossings
+        calls.watch, calls.crossings = self.runner, self.crossings
         for state in states:
             state.observer, state.weights.masters = self, self.true
         try:
             yield self
         finally:
-            calls.watch = watching
+            calls.watch, calls.crossings = watching
             for state, observer, masters in before:
                 state.observer, state.weights.masters = observer, masters
             for handle in self._handles:
@@ -166,7 +169,7 @@ class _InFloat32(_AsItIs):
 
     def _plain(self, n: fx.Node) -> Any:
         if n.op == "output" and self._run.parent is None:
-            return fx.map_arg(n.args[0], lambda a: _as_declared(a, self.env[a]))
+            return fx.map_arg(n.args[0], self._result)
         if n.op != "call_function":  # the output of a body as well
             return _widened(super()._plain(n))
         if ir.is_higher_order(n):
@@ -176,6 +179,13 @@ class _InFloat32(_AsItIs):
             return args[0].to(_wide(ir.cast_target(n)), copy=_copies(n))
         args, kwargs = pytree.tree_map_only(torch.dtype, _wide, (args, kwargs))
         return _widened(cast(Any, n.target)(*args, **kwargs))
+
+    def _result(self, n: fx.Node) -> Any:
+        value, dtype, crossings = self.env[n], ir.dtype_of(n), self._watch.crossings
+        crosses = self._run.graph_module.meta.get("crossing") and dtype in _HALF
+        if crosses and crossings is not None and isinstance(value, torch.Tensor):
+            return crossings.narrowed(value, cast(torch.dtype, dtype))
+        return _as_declared(n, value)
 
     def _whole(self, n: fx.Node) -> Any:
         """A body was traced with the dtypes of its operands, and gets them."""
