@@ -1102,7 +1102,7 @@ def test_floats_without_end_among_the_arguments_are_an_error_that_says_so():
             call_often()
 
 
-def test_what_fails_on_open_sizes_is_compiled_for_each_size():
+def test_what_fails_on_open_sizes_trains_all_the_same():
     class Quantiles(TwoLayers):
         count = 0
 

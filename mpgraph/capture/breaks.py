@@ -118,11 +118,6 @@ _CAUGHT = (
 DYNAMO_ERRORS = (exc.TorchDynamoException, exc.FailOnRecompileLimitHit)
 
 
-def needs_fixed_sizes(error: BaseException) -> bool:
-    """Whether an operator cannot run on sizes that are left open, as quantile in torch 2.11."""
-    return isinstance(error, exc.TorchRuntimeError) and "with symbolic sizes" in str(error)
-
-
 def explain_failure(error: Exception, before: str = "") -> Exception:
     """The error to raise instead of one of Dynamo's.
 

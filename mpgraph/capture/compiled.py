@@ -86,7 +86,6 @@ class Call:
         self._scale = scale
         self.crossings = calls.crossings or Crossings(lambda: self.scale)
         self.ran: dict[int, CompiledGraph] = {}
-        self.broken = False  # whether Python has run between graphs, or before them
 
     @functools.cached_property
     def scale(self) -> torch.Tensor:

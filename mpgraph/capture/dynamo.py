@@ -19,14 +19,7 @@ import torch
 from torch import fx, nn
 
 from mpgraph import ir
-from mpgraph.capture.breaks import (
-    DYNAMO_ERRORS,
-    Break,
-    Watch,
-    describe,
-    explain_failure,
-    needs_fixed_sizes,
-)
+from mpgraph.capture.breaks import DYNAMO_ERRORS, Break, Watch, describe, explain_failure
 from mpgraph.capture.compiled import Call, CompiledGraph, calls, rewritten, runner
 from mpgraph.capture.dynamo_settings import configured
 from mpgraph.capture.kept import repair_checkpoints
@@ -115,7 +108,6 @@ class DynamoEngine:
         self.modules = [path for path, _ in model.named_modules()]
         self.paths = {id(p): path for path, p in model.named_parameters()}
         self.modes: set[Any] = set()
-        self.static = False  # whether sizes are fixed
         self._announced = False
         self._live: weakref.WeakSet[Any] = weakref.WeakSet()
         entry_point = _entry_point(state.original_forward())
@@ -130,9 +122,6 @@ class DynamoEngine:
             result = self._call(call, entry, model, args, kwargs)
         except Exception as error:
             _forgive(error)
-            if needs_fixed_sizes(error) and not (self.static or call.ran or call.broken):
-                self.static = True
-                return self.run(entry, model, args, kwargs)
             entry.failed = _mode(model) not in self.modes
             if not isinstance(error, DYNAMO_ERRORS):
                 if not isinstance(error, MPGraphError):
@@ -162,12 +151,7 @@ class DynamoEngine:
             with (
                 self._watched(model),
                 capturing(),
-                configured(
-                    self.context.device,
-                    self.state.settings.max_graphs,
-                    len(self._live),
-                    static=self.static,
-                ),
+                configured(self.context.device, self.state.settings.max_graphs, len(self._live)),
                 self.context.autocast(),
             ):
                 result = self._run(model, args, kwargs)
@@ -176,9 +160,7 @@ class DynamoEngine:
             return result
         finally:
             calls.now = outer
-            breaks = watch.new()
-            call.broken = bool(breaks)
-            entry.note(call, breaks)
+            entry.note(call, watch.new())
 
     def _watched(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Look on at the first call of each mode."""

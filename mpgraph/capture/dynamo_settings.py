@@ -18,10 +18,10 @@ from mpgraph.capture import kept
 
 
 @contextlib.contextmanager
-def configured(device: str, limit: int, count: int, *, static: bool) -> Iterator[None]:
+def configured(device: str, limit: int, count: int) -> Iterator[None]:
     """Dynamo as the engine needs it, while a call runs.
 
-    A model has ``count`` graphs so far, and at most ``limit``; with ``static``, one for every size.
+    A model has ``count`` graphs so far, and at most ``limit``.
     """
     with (
         dynamo_config.patch(
@@ -35,7 +35,6 @@ def configured(device: str, limit: int, count: int, *, static: bool) -> Iterator
             # A float is a constant, as in eager mode; one that goes on changing becomes an input,
             # which Dynamo cannot hand to a checkpoint or a hook.
             specialize_float=count < limit // 4,
-            automatic_dynamic_shapes=not static,
             allow_rnn=True,  # otherwise every torch.nn.LSTM is left to eager mode
             # An assert on data stays one, with its own exception, which forward may catch.
             rewrite_assert_with_torch_assert=False,
