@@ -202,7 +202,8 @@ def test_a_sparse_gradient_stays_sparse():
     assert weight.grad.layout is torch.strided
 
 
-def test_what_traces_sees_single_casts():
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_what_traces_sees_single_casts(pre_dispatch):
     xs = [torch.ones(2, requires_grad=True) for _ in range(2)]
     scale = torch.tensor(8.0)
 
@@ -210,9 +211,10 @@ def test_what_traces_sees_single_casts():
         def run(x, y):
             return sum(copy_all([x, y], dtype, scale))
 
-        return [n.target for n in make_fx(run)(*xs).graph.nodes]
+        return [n.target for n in make_fx(run, pre_dispatch=pre_dispatch)(*xs).graph.nodes]
 
-    assert both(bf16, None).count(torch.ops.aten._to_copy.default) == 2
+    cast = torch.ops.aten.to.dtype if pre_dispatch else torch.ops.aten._to_copy.default
+    assert both(bf16, None).count(cast) == 2
     assert both(f16, scale).count(torch.ops.mpgraph.lower.default) == 2
 
     def compiled(x, y):
