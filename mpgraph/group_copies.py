@@ -64,17 +64,17 @@ def _is_simple(x: torch.Tensor) -> bool:
 
 
 def _group(
-    xs: Sequence[torch.Tensor], dtype: torch.dtype, scale: torch.Tensor | None
+    xs: list[torch.Tensor], dtype: torch.dtype, scale: torch.Tensor | None
 ) -> list[torch.Tensor]:
     if xs[0].requires_grad and torch.is_grad_enabled():
         return list(cast(Any, _GroupCopy).apply(dtype, scale, *xs))
     return _cast_all(xs, dtype)
 
 
-def _cast_all(xs: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-    with torch.no_grad():
-        copies = [torch.empty_like(x, dtype=dtype) for x in xs]
-        torch._foreach_copy_(copies, xs)
+def _cast_all(xs: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Where autograd records nothing."""
+    copies = [torch.empty_like(x, dtype=dtype) for x in xs]
+    torch._foreach_copy_(copies, xs)
     return copies
 
 
@@ -86,7 +86,7 @@ class _GroupCopy(_SingleLevelFunction):
         ctx.scale = scale
         if scale is not None:
             remember(ctx, xs[0], scale)
-        return tuple(_cast_all(xs, dtype))
+        return tuple(_cast_all([*xs], dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,8 @@ _READ = (
 )  # fmt: skip
 _OPEN = (nn.Module, torch.Tensor, type, types.ModuleType)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HALVES = frozenset({torch.bfloat16, torch.float16})
+_VALUES = operator.methodcaller("values")
 # How far into plain objects (a model's config, and the configs inside it) attributes are read.
 _DEPTH = 2
 
@@ -33,14 +36,15 @@ class ModuleTree:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(model.modules())
-        self._children = [(m._modules, list(m._modules.values())) for m in self.modules]
+        self._child_tables = [m._modules for m in self.modules]
+        self._children = self._child_lists()
         self._parameters = [
             (m._parameters, name, path)
             for path, m in model.named_modules()
             for name in m._parameters
         ]
         self._state = [table for m in self.modules for table in (m._parameters, m._buffers)]
-        self._present = self._presence()
+        self._present, self._entries = self._presence(), self._entries_now()
         self._versions: dict[Any, int] = {}
         self._values: list[Any] = []
         self._version = -1
@@ -51,8 +55,22 @@ class ModuleTree:
 
     def is_current(self, model: nn.Module) -> bool:
         """Whether this is the tree of ``model`` still: nothing in it has come, gone or changed."""
-        same = all(list(now.values()) == then for now, then in self._children)
-        return model is self.modules[0] and same and self._presence() == self._present
+        if model is not self.modules[0] or self._child_lists() != self._children:
+            return False
+        entries = self._entries_now()
+        if entries != self._entries:
+            if self._presence() != self._present:
+                return False
+            self._entries = entries
+        return True
+
+    def _child_lists(self) -> list[list[Any]]:
+        return [*map(list, map(_VALUES, self._child_tables))]
+
+    def _entries_now(self) -> tuple[list[Any], list[bool]]:
+        """What presence follows from, at a tenth of its time: every call asks."""
+        nones = [value is None for table in self._state if table for value in table.values()]
+        return [*map(tuple, self._state)], nones
 
     def _presence(self) -> list[list[str]]:
         return [[n for n, v in table.items() if v is not None] for table in self._state]
@@ -63,18 +81,19 @@ class ModuleTree:
 
     def version(self) -> int:
         """A number that stands for the plain attributes and hooks as they are now."""
-        if [len(table) for table in self._tables] != self._sizes:
+        if [*map(len, self._tables)] != self._sizes:
             self._collect()
-        if [len(table) for table in self.code.tables] != self._class_sizes:
+        if [*map(len, self.code.tables)] != self._class_sizes:
             self.code = CodeState(self.modules)
             self._collect()
         values = [table.get(key) for table, key in self._plain]
         values += [_frozen(table.get(key)) for table, key in self._lists]
         values += [isinstance(table.get(key), torch.Tensor) for table, key in self._tensors]
-        values += [len(table) for table in self._hooks]
-        for table, name, _ in self._parameters:
-            parameter = table.get(name)
-            values.append(parameter is not None and parameter.requires_grad)
+        values += map(len, self._hooks)
+        values += [
+            (parameter := table.get(name)) is not None and parameter.requires_grad
+            for table, name, _ in self._parameters
+        ]
         if values != self._values:
             self._values = values
             # Names of places belong to it: attributes may come and go.
@@ -86,8 +105,8 @@ class ModuleTree:
     def _collect(self) -> None:
         owners = list(_tables_of(self.modules))
         self._tables = owners
-        self._sizes = [len(table) for table in owners]
-        self._class_sizes = [len(table) for table in self.code.tables]
+        self._sizes = [*map(len, owners)]
+        self._class_sizes = [*map(len, self.code.tables)]
         self._plain = list(_places(owners, lambda v: isinstance(v, _READ)))
         self._plain += [(table, name) for table, name, _ in self.code.places]
         self._lists = list(_places(owners, _is_plain_list))
@@ -97,9 +116,12 @@ class ModuleTree:
 
     def check_dtypes(self) -> None:
         """Refuse parameters that lost their float32 masters after conversion."""
+        present = [p for o, name, _ in self._parameters if (p := o.get(name)) is not None]
+        if _HALVES.isdisjoint([parameter.dtype for parameter in present]):
+            return
         for owner, name, path in self._parameters:
             parameter = owner.get(name)
-            if parameter is not None and parameter.dtype in (torch.bfloat16, torch.float16):
+            if parameter is not None and parameter.dtype in _HALVES:
                 full = f"{path}.{name}" if path else name
                 raise PrecisionError(
                     f"parameter {full!r} is now {ir.short_name(parameter.dtype)}, but this model "

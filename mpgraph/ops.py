@@ -98,16 +98,18 @@ SCALE = _define("scale", _multiply)
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 _count_modes = torch._C._len_torch_dispatch_stack
 _is_transformed = torch._C._are_functorch_transforms_active
+_has_key = torch._C._dispatch_tls_is_dispatch_key_included
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # there while modes see what comes before autograd
 
 
 def is_plain(x: torch.Tensor) -> bool:
     """Whether nothing but the kernel would see a call of the operator on ``x``."""
-    return type(x) in TENSORS and not _count_modes() and not _is_transformed()
+    return type(x) in TENSORS and not is_watched()
 
 
 def is_watched() -> bool:
     """Whether a mode or a transform sees every operator that runs."""
-    return bool(_count_modes() or _is_transformed())
+    return bool(_count_modes() or _is_transformed() or _has_key(_PRE_DISPATCH))
 
 
 def remember(ctx: Any, x: torch.Tensor, scale: torch.Tensor) -> None:
@@ -150,13 +152,20 @@ def _differentiable(operator: OpOverload, kernel: Kernel, derivative: Kernel) ->
         def backward(ctx: Any, *gradients: Any) -> Any:
             return derivative(gradients[0], ctx.dtype, recall(ctx)), None, None
 
+    class PlainCast(ScaledCast):
+        @staticmethod
+        def forward(ctx: Any, x: Any, dtype: Any, scale: Any) -> Any:
+            remember(ctx, x, scale)
+            return kernel(x, dtype, scale)
+
     apply = cast(Kernel, cast(Any, ScaledCast).apply)
+    apply_plainly = cast(Kernel, cast(Any, PlainCast).apply)
 
     def direct(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling() or not is_plain(x):
             return operator(x, dtype, scale)  # type: ignore[no-any-return]
         if x.requires_grad and torch.is_grad_enabled():
-            return apply(x, dtype, scale)
+            return apply_plainly(x, dtype, scale)
         return kernel(x, dtype, scale)
 
     def run(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:

@@ -802,8 +802,8 @@ def test_what_enters_and_leaves_a_body_keeps_its_dtype():
 
 def test_one_call_makes_one_copy_of_a_parameter():
     class Fresh(WeightCopies):
-        def get(self, parameter: torch.Tensor, dtype: torch.dtype, *_: Any) -> torch.Tensor:
-            return parameter.to(dtype)  # as on devices where copies are not kept
+        def get_all(self, parameters: Any, dtype: torch.dtype, *_: Any) -> list[torch.Tensor]:
+            return [p.to(dtype) for p in parameters]  # as on devices where copies are not kept
 
     copies = compiled.CallCopies(Fresh())
     parameter = nn.Parameter(torch.ones(2))
