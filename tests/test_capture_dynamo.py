@@ -451,10 +451,11 @@ class TwoBlocksPlain(Checkpointed):
         return self.block(self.block(self.first(x))).sum()
 
 
-def test_a_checkpoint_keeps_only_its_inputs():
+@pytest.mark.parametrize("capture", ["auto", "dynamo"])
+def test_a_checkpoint_keeps_only_its_inputs(capture):
     def saved(make: Callable[[], nn.Module]) -> int:
         seed()
-        model = mpgraph.convert(make(), "bf16", capture="dynamo")
+        model = mpgraph.convert(make(), "bf16", capture=capture)
         sizes: list[int] = []
         x = torch.randn(64, 8)
         model(x)

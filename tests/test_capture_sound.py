@@ -295,7 +295,7 @@ LOST = [
     (reads_the_seed, "seeds or sets torch's random numbers"),
     (saved_tensors_hooks, "saved_tensors_hooks acts on saved tensors"),
     (save_on_cpu, "save_on_cpu acts on saved tensors"),
-    (checkpoint_with_other_random_numbers, "preserve_rng_state=False"),
+    (checkpoint_with_other_random_numbers, "a checkpoint"),
     (deterministic_algorithms, "a switch of torch's own"),
     (vmap_over_rows, "a function transform such as vmap"),
     (vmap_over_weights, "a function transform such as vmap"),

@@ -160,14 +160,14 @@ def _watch_dispatch_modes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watch_checkpoints() -> Iterator[None]:
-    """A checkpoint that draws other random numbers when it recomputes has other gradients."""
+    """A graph would keep what a checkpoint throws away and computes again."""
     name = "_checkpoint_without_reentrant_generator"
-    original = getattr(checkpoints, name, None)
+    capturing, original = threading.get_ident(), getattr(checkpoints, name, None)
 
-    def generator(function: Any, preserve_rng_state: bool = True, *args: Any, **kwargs: Any) -> Any:
-        if not preserve_rng_state:
-            raise NeedsDynamo("a checkpoint with preserve_rng_state=False", user_line())
-        return original(function, preserve_rng_state, *args, **kwargs)  # type: ignore[misc]
+    def generator(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == capturing:
+            raise NeedsDynamo("a checkpoint, whose memory a graph would not save", user_line())
+        return original(*args, **kwargs)  # type: ignore[misc]
 
     with _replaced(checkpoints, name, generator) if original else contextlib.nullcontext():
         yield
