@@ -24,6 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint as checkpoints
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mpgraph.capture.replaced import replaced
 from mpgraph.places import is_users
 
 
@@ -63,7 +64,7 @@ def watch() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_watch_functions())
         for owner, name, what in _HOOKED:
-            stack.enter_context(_replaced(owner, name, _refusal(what, getattr(owner, name))))
+            stack.enter_context(replaced(owner, name, _refusal(what, getattr(owner, name))))
         stack.enter_context(_watch_nodes())
         stack.enter_context(_watch_saved_tensors())
         stack.enter_context(_watch_dispatch_modes())
@@ -89,7 +90,7 @@ def _watch_nodes() -> Iterator[None]:
             raise NeedsDynamo("what forward does with grad_fn leaves no trace", user_line())
         return read(tensor)
 
-    with _replaced(torch.Tensor, "grad_fn", property(grad_fn)):
+    with replaced(torch.Tensor, "grad_fn", property(grad_fn)):
         yield
 
 
@@ -120,7 +121,7 @@ def _watch_functions() -> Iterator[None]:
             user_line(),
         )
 
-    with _replaced(_SingleLevelFunction, "apply", classmethod(apply)):
+    with replaced(_SingleLevelFunction, "apply", classmethod(apply)):
         yield
 
 
@@ -138,7 +139,7 @@ def _watch_saved_tensors() -> Iterator[None]:
             user_line(),
         )
 
-    with _replaced(saved_tensors_hooks, "__enter__", refuse):
+    with replaced(saved_tensors_hooks, "__enter__", refuse):
         yield
 
 
@@ -154,7 +155,7 @@ def _watch_dispatch_modes() -> Iterator[None]:
             return enter(self)
         raise NeedsDynamo(f"the dispatch mode {type(self).__name__} is not traced", user_line())
 
-    with _replaced(TorchDispatchMode, "__enter__", refuse):
+    with replaced(TorchDispatchMode, "__enter__", refuse):
         yield
 
 
@@ -169,22 +170,8 @@ def _watch_checkpoints() -> Iterator[None]:
             raise NeedsDynamo("a checkpoint, whose memory a graph would not save", user_line())
         return original(*args, **kwargs)  # type: ignore[misc]
 
-    with _replaced(checkpoints, name, generator) if original else contextlib.nullcontext():
+    with replaced(checkpoints, name, generator) if original else contextlib.nullcontext():
         yield
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
-    inherited = name not in vars(owner)
-    original = getattr(owner, name)
-    setattr(owner, name, replacement)
-    try:
-        yield
-    finally:
-        if inherited:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, original)
 
 
 @contextlib.contextmanager
@@ -232,8 +219,8 @@ _BETWEEN = frozenset({torch.random.__file__, contextlib.__file__})
 def _watch_generator() -> Iterator[None]:
     watched = _WatchedGenerator(torch.default_generator)
     with (
-        _replaced(torch, "default_generator", watched),
-        _replaced(torch.random, "default_generator", watched),
+        replaced(torch, "default_generator", watched),
+        replaced(torch.random, "default_generator", watched),
     ):
         yield
 

@@ -6,7 +6,6 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch._dynamo import config as dynamo_config
@@ -15,6 +14,7 @@ from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.variables import TensorVariable, builder, higher_order_ops, tensor
 
 from mpgraph.capture import kept
+from mpgraph.capture.replaced import replaced
 
 
 @contextlib.contextmanager
@@ -94,11 +94,8 @@ def _hooks_in_python() -> Iterator[None]:
             hints=[],
         )
 
-    owner._method_register_hook = trace
-    try:
+    with replaced(owner, "_method_register_hook", trace):
         yield
-    finally:
-        owner._method_register_hook = original
 
 
 @contextlib.contextmanager
@@ -109,11 +106,8 @@ def _outside_autocast(owner: Any, name: str, device: str) -> Iterator[None]:
         with torch.autocast(device, enabled=False):
             return original(*args, **kwargs)
 
-    setattr(owner, name, trace)
-    try:
+    with replaced(owner, name, trace):
         yield
-    finally:
-        setattr(owner, name, original)
 
 
 @contextlib.contextmanager
@@ -132,9 +126,10 @@ def _breaks_where_tracing_fails() -> Iterator[None]:
             reason = "an operator fails while it is traced"
             exc.unimplemented(gb_type=reason, context=str(error), explanation="", hints=[])
 
-    with contextlib.ExitStack() as stack:
-        for owner in (builder, tensor):
-            stack.enter_context(mock.patch.object(owner, "get_fake_value", get_fake_value))
+    with (
+        replaced(builder, "get_fake_value", get_fake_value),
+        replaced(tensor, "get_fake_value", get_fake_value),
+    ):
         yield
 
 

@@ -164,25 +164,13 @@ class Finding:
     tried: bool | None = None
 
 
-def to_plain(record: NodeRange | Finding | Spread) -> dict[str, Any]:
-    """A record as dictionaries, lists, text and numbers; what has its default is left out."""
-    fields = record.__dataclass_fields__
-    return {key: _plain(v) for key, v in vars(record).items() if v != fields[key].default}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return to_plain(value) if isinstance(value, Spread) else value
-
-
 def node_from(values: Mapping[str, Any]) -> NodeRange:
-    """The inverse of :func:`to_plain`."""
+    """The inverse of :func:`mpgraph.report.records.to_plain`."""
     return NodeRange(**_known(NodeRange, values))
 
 
 def finding_from(values: Mapping[str, Any]) -> Finding:
-    """The inverse of :func:`to_plain`."""
+    """The inverse of :func:`mpgraph.report.records.to_plain`."""
     return Finding(**_known(Finding, values))
 
 

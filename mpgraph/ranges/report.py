@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any
 
 from mpgraph.errors import MPGraphError
 from mpgraph.ranges.layout import finding_lines, headline, node_table, summary
-from mpgraph.ranges.records import Finding, NodeRange, finding_from, node_from, to_plain
+from mpgraph.ranges.records import Finding, NodeRange, finding_from, node_from
+from mpgraph.report.records import to_plain
 from mpgraph.report.render import Line, Page, Part, to_text
-from mpgraph.whole_files import write_whole
+from mpgraph.whole_files import load_json, to_json
 
 SCHEMA = 1
 
@@ -117,10 +117,7 @@ class RangeReport:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """:meth:`to_dict` as JSON text; with a path, also written there, whole or not at all."""
-        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        if path is not None:
-            write_whole(path, lambda file: file.write_text(text, encoding="utf-8", newline="\n"))
-        return text
+        return to_json(self.to_dict(), path)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RangeReport:
@@ -144,11 +141,7 @@ class RangeReport:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RangeReport:
         """Read a report that :meth:`to_json` wrote."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise MPGraphError(f"cannot load a report from {os.fspath(path)!r}: {error}") from error
-        return cls.from_dict(values)
+        return cls.from_dict(load_json(path))
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Write a picture: the range of every layer, forward and backward, between fp16's limits.

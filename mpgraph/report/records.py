@@ -166,7 +166,6 @@ class Graph:
         return sum_bytes(self.casts)
 
 
-Record = Node | Cast | Pass | Island | Break | Graph
 R = TypeVar("R", Node, Cast, Pass, Island, Break, Graph)
 
 _NESTED: dict[str, type[Any]] = {
@@ -183,7 +182,7 @@ def sum_bytes(nodes: tuple[Node, ...]) -> int:
     return sum(node.cast.bytes for node in nodes if node.cast is not None)
 
 
-def to_plain(record: Record) -> dict[str, Any]:
+def to_plain(record: Any) -> dict[str, Any]:
     """A record as dictionaries, lists, text and numbers; defaults are left out."""
     fields = record.__dataclass_fields__
     return {k: _plain(value) for k, value in vars(record).items() if value != fields[k].default}
@@ -192,7 +191,7 @@ def to_plain(record: Record) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    return to_plain(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+    return to_plain(value) if dataclasses.is_dataclass(value) else value
 
 
 def from_plain(cls: type[R], values: Mapping[str, Any]) -> R:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpgraph.errors import MPGraphError, PolicyError
@@ -16,7 +14,7 @@ from mpgraph.report.records import Graph, Node, from_plain, to_plain
 from mpgraph.report.render import Line, Page, Part, to_text
 from mpgraph.report.select import check_selection, select
 from mpgraph.report.summary import summary
-from mpgraph.whole_files import write_whole
+from mpgraph.whole_files import load_json, to_json
 
 if TYPE_CHECKING:
     from mpgraph.report.diff import ReportDiff
@@ -191,10 +189,7 @@ class Report:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """:meth:`to_dict` as JSON text; with a path, also written there, whole or not at all."""
-        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
-        if path is not None:
-            write_whole(path, lambda file: file.write_text(text, encoding="utf-8", newline="\n"))
-        return text
+        return to_json(self.to_dict(), path)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Report:
@@ -214,11 +209,7 @@ class Report:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
         """Read a report that :meth:`to_json` wrote."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise MPGraphError(f"cannot load a report from {os.fspath(path)!r}: {error}") from error
-        return cls.from_dict(values)
+        return cls.from_dict(load_json(path))
 
 
 def explain(model: Any) -> Report:
