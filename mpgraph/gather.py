@@ -23,11 +23,11 @@ def gatherer(
 ) -> Callable[[Sequence[Any]], list[Any]]:
     """A function from input leaves to one value per placeholder.
 
-    What takes part in the fp16 region has its border here: the 16-bit copy of a parameter, and an
-    fp16 tensor that requires a gradient.
+    What takes part in the fp16 region has its border here: the 16-bit copy of a parameter, and a
+    parameter or input whose gradient arrives scaled.
     """
     slots = slots_of(captured.graph_module)
-    getters = [_getter(model, captured, slot, scale) for slot in slots]
+    getters = [_getter(model, captured, slot, scale, copies) for slot in slots]
     groups = [
         (places, [_home(model, slots[place]) for place in places], slots[places[0]])
         for places in weight_groups(captured.graph_module)
@@ -46,13 +46,17 @@ def gatherer(
     return gather
 
 
-def _getter(model: nn.Module, captured: Captured, slot: Slot, scale: CurrentScale) -> Getter:
-    if slot.kind == "cast":
+def _getter(
+    model: nn.Module, captured: Captured, slot: Slot, scale: CurrentScale, copies: WeightCopies
+) -> Getter:
+    if slot.dtype is not None:
         return _later
     if slot.kind == "scale":
         return functools.partial(_read_scale, scale=scale)
     get = _plain_getter(model, captured, slot)
-    return functools.partial(_entering, get=get, scale=scale) if slot.scaled else get
+    if not slot.scaled:
+        return get
+    return functools.partial(_entering, get=get, scale=scale, copies=copies)
 
 
 def _plain_getter(model: nn.Module, captured: Captured, slot: Slot) -> Getter:
@@ -85,12 +89,12 @@ def _entry(leaves: Sequence[Any], table: dict[str, Any], name: str) -> Any:
 
 
 def _later(leaves: Sequence[Any]) -> Any:
-    """Of a 16-bit copy, which is made with others."""
+    """Of a copy, which is made with others."""
 
 
 def _read_scale(leaves: Sequence[Any], scale: CurrentScale) -> Any:
     return scale.read()
 
 
-def _entering(leaves: Sequence[Any], get: Getter, scale: CurrentScale) -> Any:
-    return enter(get(leaves), scale.read())
+def _entering(leaves: Sequence[Any], get: Getter, scale: CurrentScale, copies: WeightCopies) -> Any:
+    return get(leaves) if copies.masters else enter(get(leaves), scale.read())

@@ -98,13 +98,21 @@ def broken_borders(graph: fx.Graph, grad: bool) -> Iterator[tuple[fx.Node, str]]
     is true, and goes at ``widen``, which must take what is scaled. Everything else must take
     gradients of one kind, and yields that kind.
     """
+    scaled = scaled_values(graph, grad)
+    for node in graph.nodes:
+        sources = [source for source in dict.fromkeys(node.all_input_nodes) if source in scaled]
+        yield from ((node, problem) for problem in _problems(node, sources, scaled))
+
+
+def scaled_values(graph: fx.Graph, grad: bool) -> dict[fx.Node, bool]:
+    """Whether the gradient is scaled, of every value that carries one."""
     found = carrying(graph, grad)
     scaled: dict[fx.Node, bool] = {}
     for node in graph.nodes:
-        sources = [source for source in dict.fromkeys(node.all_input_nodes) if source in scaled]
         if node in found:
+            sources = [source for source in node.all_input_nodes if source in scaled]
             scaled[node] = _yields_scaled(node, sources, scaled)
-        yield from ((node, problem) for problem in _problems(node, sources, scaled))
+    return scaled
 
 
 def _yields_scaled(node: fx.Node, sources: list[fx.Node], scaled: dict[fx.Node, bool]) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from mpgraph.ops import TENSORS, beside, is_watched, lower, recall, remember, unscale
+from mpgraph.ops import TENSORS, beside, enter, is_watched, lower, recall, remember, unscale
 
 # Autograd runs what is ready in order of these numbers, which rise as nodes are made. The copies
 # are made before everything else of a graph, and would be last. Only what adds up a parameter's
@@ -21,6 +21,8 @@ def copy_all(
     xs: Sequence[torch.Tensor], dtype: torch.dtype, scale: torch.Tensor | None
 ) -> list[torch.Tensor]:
     """``x.to(dtype)`` of each, or with a scale ``lower(x, dtype, scale)``: the same, to the bit.
+
+    In the dtype that they have, they are not copied: only their gradients change.
 
     Gradients arrive at all of them before any of them leaves. One that gets none has none.
     A tensor that is no plain fp32 one, or has a hook, is copied by itself, since a hook would be
@@ -42,6 +44,8 @@ def copy_all(
 
 
 def _copy(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
+    if scale is not None and x.dtype is dtype:
+        return enter(x, scale)
     return x.to(dtype) if scale is None else lower(x, dtype, scale)
 
 
@@ -68,7 +72,7 @@ def _group(
 ) -> list[torch.Tensor]:
     if xs[0].requires_grad and torch.is_grad_enabled():
         return list(cast(Any, _GroupCopy).apply(dtype, scale, *xs))
-    return _cast_all(xs, dtype)
+    return xs if dtype is torch.float32 else _cast_all(xs, dtype)
 
 
 def _cast_all(xs: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -86,12 +90,16 @@ class _GroupCopy(_SingleLevelFunction):
         ctx.scale = scale
         if scale is not None:
             remember(ctx, xs[0], scale)
+        if dtype is torch.float32:
+            return tuple([x.detach() for x in xs])
         return tuple(_cast_all([*xs], dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         scale = None if ctx.scale is None else recall(ctx)
         given = [g for g in gradients if g is not None]
+        if not given:
+            return None, None, *gradients
         alone = torch.is_grad_enabled() or is_watched() or not all(map(_is_dense, given))
         results = iter((_out_each if alone else _out_all)(given, scale))
         return None, None, *[None if g is None else next(results) for g in gradients]
@@ -109,7 +117,9 @@ def _out_each(gradients: list[Any], scale: torch.Tensor | None) -> list[torch.Te
 
 
 def _out_all(gradients: list[Any], scale: torch.Tensor | None) -> list[torch.Tensor]:
+    if scale is not None and gradients[0].dtype is torch.float32:
+        return list(torch._foreach_div(gradients, beside(gradients[0], scale)))
     results = _cast_all(gradients, torch.float32)
-    if scale is not None and results:
+    if scale is not None:
         torch._foreach_div_(results, beside(results[0], scale))
     return results

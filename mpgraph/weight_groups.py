@@ -1,4 +1,4 @@
-"""Which 16-bit copies of parameters a graph takes are made together."""
+"""Which 16-bit copies of parameters a graph takes are made together, and which scaled aliases."""
 
 from __future__ import annotations
 

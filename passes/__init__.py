@@ -13,6 +13,7 @@ from mpgraph.passes.remove_dead import remove_dead
 from mpgraph.passes.scale_backward import scale_backward
 from mpgraph.passes.share_casts import share_casts
 from mpgraph.passes.sink_casts import sink_casts
+from mpgraph.passes.spread_scale import spread_scale
 from mpgraph.pipeline import GraphPass
 
 DEFAULT_PASSES: tuple[GraphPass, ...] = (
@@ -26,7 +27,8 @@ DEFAULT_PASSES: tuple[GraphPass, ...] = (
     share_casts,  # after fold_casts, which can leave two equal casts of one value
     remove_dead,
     hoist_weight_casts,  # after all that: it needs to see every use of a parameter
-    scale_backward,  # last: the casts that it rewrites are the final ones
+    scale_backward,  # the casts that it rewrites are the final ones
+    spread_scale,  # after scale_backward, whose borders it moves
 )
 
 __all__ = ["DEFAULT_PASSES"]

@@ -94,9 +94,9 @@ class _Scaler:
             self._surround(self._computed_first(node), sources)
         elif promotes(node) or ir.is_mutating(node):
             for source in filter(is_half, sources):
-                node.replace_input_with(
-                    source, self._before(node, source, ops.WIDEN, torch.float32)
-                )
+                widened = self._before(node, source, ops.WIDEN, torch.float32)
+                widened.meta["for_scale_alone"] = promotes(node)
+                node.replace_input_with(source, widened)
         else:
             self._surround(node, sources)
 

@@ -25,12 +25,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _check(
     gm: fx.GraphModule, graph_pass: pipeline.GraphPass, context: pipeline.PassContext
 ) -> None:
-    is_last = graph_pass.name == "scale_backward" and context.scaled and "body" not in gm.meta
+    is_scaled = graph_pass.name in ("scale_backward", "spread_scale") and context.scaled
     verify(
         gm,
         after=graph_pass.name,
         decided=graph_pass.name not in _BEFORE_CASTS,
-        scaled=context.grad if is_last else None,
+        scaled=context.grad if is_scaled and "body" not in gm.meta else None,
     )
 
 

@@ -24,7 +24,7 @@ class Slot:
             loss scale.
         target: The dotted path in the model, the constant's name, or the input leaf's name.
         index: For an input: its position among the flattened arguments.
-        dtype: For a 16-bit copy: its dtype.
+        dtype: For a 16-bit copy: its dtype. For a parameter with a scaled gradient: its own.
         scaled: Its gradient arrives multiplied by the loss scale, which the caller takes out.
     """
 

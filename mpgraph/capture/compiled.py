@@ -21,6 +21,7 @@ from mpgraph.capture.keep import CannotLower
 from mpgraph.capture.lower import Graphs, lower
 from mpgraph.direct_calls import directly
 from mpgraph.loss_scale import CurrentScale
+from mpgraph.ops import enter
 from mpgraph.pipeline import NeedsStaticShapes, PassContext
 from mpgraph.precision import logger
 from mpgraph.weight_groups import weight_groups
@@ -174,8 +175,11 @@ def _value(slot: Slot, values: Sequence[Any], call: Call) -> Any:
     if slot.kind == "scale":
         return call.scale
     value = values[slot.index]
-    crosses = slot.dtype is None and (slot.scaled or call.crossings.takes_all)
-    return call.crossings.inner(value) if crosses else value
+    if slot.dtype is not None:
+        return value  # a parameter, of which a copy is made
+    if slot.scaled and value.dtype is not torch.float16 and not call.crossings.takes_all:
+        return enter(value, call.scale)
+    return call.crossings.inner(value) if slot.scaled or call.crossings.takes_all else value
 
 
 def _fill_copies(places: list[int], slot: Slot, taken: list[Any], call: Call) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from mpgraph import ir
 from mpgraph.capture import kept
 from mpgraph.capture.compiled import calls
 from mpgraph.capture.crossing import WideCrossings
+from mpgraph.gradient_flow import is_half, scaled_values
 from mpgraph.ranges.measure import measure
 from mpgraph.ranges.records import Spread
 
@@ -29,7 +31,8 @@ class Run:
         graph_module: The rewritten graph, or the body of a checkpoint.
         owner: Which converted model it belongs to.
         forward: The range of every floating-point value, in the order in which they came.
-        gradient: The range of their gradients, in the order in which those came.
+        gradient: The range of their gradients, in the order in which those came; those in fp16 are
+            times the loss scale.
         order: For both: a number that says which came first in the whole step.
         parent: For a body: the run and the node that it belongs to.
         inner: The bodies that have run as a part of it.
@@ -42,6 +45,12 @@ class Run:
     order: dict[tuple[str, fx.Node], int] = dataclasses.field(default_factory=dict)
     parent: tuple[Run, fx.Node] | None = None
     inner: dict[fx.Node, Run] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def scaled_in_fp32(self) -> set[fx.Node]:
+        """Values with scaled gradients that are not in fp16."""
+        scaled = scaled_values(self.graph_module.graph, grad=True)
+        return {node for node, is_scaled in scaled.items() if is_scaled and not is_half(node)}
 
 
 class Watch:
@@ -115,6 +124,8 @@ class Watch:
 
     def _note_gradient(self, run: Run, node: fx.Node, gradient: torch.Tensor) -> None:
         if isinstance(gradient, torch.Tensor):
+            if not self.true and node in run.scaled_in_fp32:
+                gradient = gradient / self._owner.scale.value.scale
             spread = measure(gradient, exponents=self.true)
             run.gradient[node] = spread.merged(run.gradient.get(node))
             run.order.setdefault(("gradient", node), self._next())
