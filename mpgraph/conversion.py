@@ -44,8 +44,8 @@ def convert(
     Matrix products and convolutions run in 16 bit; reductions, softmax, norms and losses in
     float32; parameters, gradients and optimizer state stay float32. Which is which is decided
     once per kind of call, in a graph that :func:`mpgraph.explain` prints. The first call of a
-    kind captures it. In fp16, gradients are scaled inside the model, so that small ones do not vanish;
-    results leave in float32; and :func:`mpgraph.guard` belongs around the optimizer.
+    kind captures it. In fp16, gradients are scaled inside the model, so that small ones do not
+    vanish; results leave in float32; and :func:`mpgraph.guard` belongs around the optimizer.
 
     Args:
         model: Any ``nn.Module``, an ``fx.GraphModule``, or a ``torch.export.ExportedProgram``.
