@@ -808,12 +808,12 @@ def test_one_call_makes_one_copy_of_a_parameter():
 
     copies = compiled.CallCopies(Fresh())
     parameter = nn.Parameter(torch.ones(2))
-    first = copies.get(parameter, torch.bfloat16)
-    assert copies.get(parameter, torch.bfloat16) is first
+    first = copies.get_all([parameter], torch.bfloat16)[0]
+    assert copies.get_all([parameter], torch.bfloat16)[0] is first
     with torch.no_grad():
-        assert copies.get(parameter, torch.bfloat16) is not first
+        assert copies.get_all([parameter], torch.bfloat16)[0] is not first
         parameter.add_(1)
-    assert copies.get(parameter, torch.bfloat16) is not first
+    assert copies.get_all([parameter], torch.bfloat16)[0] is not first
 
 
 def test_an_override_that_matches_nothing_is_said():
@@ -1089,6 +1089,24 @@ def test_a_float_that_every_call_sets_anew_costs_a_few_graphs_and_no_more(precis
     (entry,) = entries(model)
     assert 16 // 4 < len(entry.graphs) < 8
     assert not entry.breaks
+
+
+def test_a_model_of_many_graphs_may_have_several_floats():
+    class Split(TwoLayers):
+        factor = 0.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(6):
+                x = self.second(self.first(x)) * self.factor
+                torch._dynamo.graph_break()
+            return x
+
+    model = mpgraph.convert(Split(), "bf16", capture="dynamo", max_graphs=16)
+    for model.factor in (0.5, 0.25, 0.75):
+        model(torch.randn(4, 8))
+    (entry,) = entries(model)
+    targets = [str(n.target) for gm, _ in entry.graphs for n in gm.graph.nodes]
+    assert not any("_local_scalar_dense" in target for target in targets)
 
 
 def test_floats_without_end_among_the_arguments_are_an_error_that_says_so():

@@ -51,19 +51,13 @@ class CallCopies:
         self._kept = kept
         self._made: dict[tuple[Any, ...], Any] = {}
 
-    def get(
-        self, parameter: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The call's copy of a parameter; a call has one loss scale."""
-        return self.get_all([parameter], dtype, scale)[0]
-
     def get_all(
         self,
         parameters: Sequence[torch.Tensor],
         dtype: torch.dtype,
         scale: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """As :meth:`get`, of each; what is to be made is made in one go."""
+        """The call's copy of each parameter; those that are missing are made in one go."""
         now = (dtype, torch.is_grad_enabled(), scale is None)
         keys = [(id(parameter), parameter._version, *now) for parameter in parameters]
         missing = {

@@ -109,6 +109,7 @@ class DynamoEngine:
         self.paths = {id(p): path for path, p in model.named_parameters()}
         self.modes: set[Any] = set()
         self._announced = False
+        self._graphs_of_a_call = 1
         self._live: weakref.WeakSet[Any] = weakref.WeakSet()
         entry_point = _entry_point(state.original_forward())
         self._run = torch.compile(entry_point, backend=self._compile)
@@ -151,7 +152,7 @@ class DynamoEngine:
             with (
                 self._watched(model),
                 capturing(),
-                configured(self.context.device, self.state.settings.max_graphs, len(self._live)),
+                self._configured(),
                 self.context.autocast(),
             ):
                 result = self._run(model, args, kwargs)
@@ -161,6 +162,12 @@ class DynamoEngine:
         finally:
             calls.now = outer
             entry.note(call, watch.new())
+            self._graphs_of_a_call = min(max(self._graphs_of_a_call, len(call.ran)), _PIECES)
+
+    def _configured(self) -> contextlib.AbstractContextManager[None]:
+        # One kind of call has as many graphs as the model is split into.
+        limit = self.state.settings.max_graphs * self._graphs_of_a_call
+        return configured(self.context.device, limit, len(self._live))
 
     def _watched(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Look on at the first call of each mode."""
