@@ -1096,16 +1096,22 @@ def test_a_model_of_many_graphs_may_have_several_floats():
         factor = 0.0
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for _ in range(6):
-                x = self.second(self.first(x)) * self.factor
-                torch._dynamo.graph_break()
-            return x
+            x = self.first(x) * self.factor
+            torch._dynamo.graph_break()  # (in a loop it would leave all to eager mode)
+            x = self.first(x) * self.factor
+            torch._dynamo.graph_break()
+            x = self.first(x) * self.factor
+            torch._dynamo.graph_break()
+            x = self.first(x) * self.factor
+            torch._dynamo.graph_break()
+            return self.first(x) * self.factor
 
     model = mpgraph.convert(Split(), "bf16", capture="dynamo", max_graphs=16)
     for model.factor in (0.5, 0.25, 0.75):
         model(torch.randn(4, 8))
     (entry,) = entries(model)
     targets = [str(n.target) for gm, _ in entry.graphs for n in gm.graph.nodes]
+    assert len(entry.graphs) == 15
     assert not any("_local_scalar_dense" in target for target in targets)
 
 
