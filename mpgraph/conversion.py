@@ -204,6 +204,7 @@ def _change_class(model: nn.Module, settings: Settings) -> None:
     else:
         state = State(settings, type(model), vars(model).pop("forward", None))
     vars(model)[STATE] = state
+    state.belongs_to(model)
     model.__class__ = converted_class(state.original)
 
 

@@ -8,6 +8,7 @@ import functools
 import threading
 import traceback
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -108,6 +109,10 @@ class MixedPrecision:
         original = state_of(self).original
         return _rebuild, (original,), dict(vars(self))
 
+    def __setstate__(self, state: Any) -> None:
+        cast(Any, super()).__setstate__(state)
+        state_of(self).belongs_to(cast(nn.Module, self))
+
 
 def _rebuild(original: type[nn.Module]) -> Any:
     cls = converted_class(original)
@@ -129,6 +134,9 @@ def _make_class(original: type[nn.Module]) -> type[Any]:
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            state = getattr(self, STATE)
+            return state.region(state, self, args, kwargs)
         # A slice of a converted Sequential has its class, but was never converted itself.
         state = vars(self).get(STATE) or state_of(self)
         return state.call(self, args, kwargs)
@@ -168,6 +176,16 @@ class State:
         self.observer: Any = None
         self._reset()
 
+    def belongs_to(self, model: nn.Module) -> None:
+        """Be the state of this module, and ready for a graph of torch.compile's."""
+        from mpgraph.capture import region
+
+        self.model: Callable[[], nn.Module | None] = weakref.ref(model)
+        self.region = region.run_region
+        self.rewriter = region.rewriter_of(self)
+        self.body = region.body_of(self.original_forward())
+        self.scaled_body = region.scaled_body_of(self.original_forward())
+
     def again(self, settings: Settings) -> State:
         """The state of the same module, converted anew: the loss scale is where it was."""
         new = State(settings, self.original, self.instance_forward)
@@ -180,6 +198,8 @@ class State:
         self._signature: Signature | None = None
         self._said: set[str] = set()
         self.dynamo: Any = None
+        # Graphs inside of torch.compile's own: see mpgraph.capture.region.
+        self.compiled: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs are captured again after copying or loading: they point into one module."""
@@ -193,8 +213,8 @@ class State:
         self._reset()
 
     def specialisations(self) -> list[Any]:
-        """Every graph captured so far, in order of capture."""
-        return [entry for entries in self._by_key.values() for entry in entries]
+        """Every graph captured so far, in order of capture; then those of torch.compile."""
+        return [*(entry for entries in self._by_key.values() for entry in entries), *self.compiled]
 
     def original_forward(self) -> Callable[..., Any]:
         """The user's ``forward``, taking the module first."""
@@ -284,7 +304,7 @@ class State:
             return capture_call(self, model, leaves, spec, entries)
 
     def _refuse_growth(self) -> None:
-        count, limit = len(self.specialisations()), self.settings.max_graphs
+        count, limit = sum(map(len, self._by_key.values())), self.settings.max_graphs
         if count >= limit:
             raise CaptureError(
                 f"this model was captured {times(count)}, for as many kinds of call; the limit is "

@@ -62,7 +62,7 @@ class _Part:
         parameters = sum(node.meta["slot"].kind == "parameter" for node in given)
         inputs = len(given) - parameters
         after = _PARAMETER * parameters + _INPUT * inputs + _RESULT * len(self.results)
-        return len(self.borders) > after
+        return bool(len(self.borders) > after)
 
 
 def _parts(graph: fx.Graph, found: set[fx.Node]) -> Iterator[_Part]:
@@ -129,7 +129,7 @@ def _spread(graph: fx.Graph, part: _Part) -> int:
     output = graph.output_node()
     for result in part.results:
         value = ir.cast_source(result) if result.target is ops.WIDEN else result
-        dtype = ir.dtype_of(result)
+        dtype = result.meta["val"].dtype
         border = ir.add_cast(graph, value, dtype, before=output)
         border.target, border.args = ops.WIDEN, (value, dtype, scale_input(graph))
         output.replace_input_with(result, border)

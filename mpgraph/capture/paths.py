@@ -55,6 +55,19 @@ def _split(text: str) -> tuple[str, str]:
 _TABLES = frozenset({"_modules", "_parameters", "_buffers", "__dict__"})
 
 
+def relocated(root: str) -> Callable[[str], str]:
+    """The same for a module inside what Dynamo compiles, whose own place is ``root``."""
+    variable, prefix = _split(re.sub(r"@\d+", "", root))
+
+    def relocate(place: str) -> str:
+        found, inner = _split(re.sub(r"@\d+", "", place))
+        if found == variable and (inner == prefix or inner.startswith(f"{prefix}.")):
+            inner = inner[len(prefix) :].lstrip(".")
+        return inner
+
+    return relocate
+
+
 def _relocate(prefixes: Mapping[str, str]) -> Callable[[str], str]:
     """From the place that Dynamo gives a node, relative to a frame's variable, to the model's."""
 

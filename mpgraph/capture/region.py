@@ -1,0 +1,317 @@
+"""A converted model inside a graph of the user's own ``torch.compile``.
+
+Dynamo traces the model's own forward as the body of a higher-order operator, with the guards, the
+dynamic sizes and the gradients that it would have by itself. When a backend traces or runs that
+operator, the body is rewritten by mpgraph's passes, and what runs is plain ATen: nothing of
+mpgraph is left in the compiled code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+from torch._guards import tracing
+from torch._higher_order_ops.wrap import dynamo_bypassing_wrapper
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from mpgraph import ir, ops
+from mpgraph.capture.ambient import ambient_now
+from mpgraph.capture.breaks import Break, breaks_inside
+from mpgraph.capture.captured import Slot, slots_of
+from mpgraph.capture.keep import CannotLower
+from mpgraph.capture.kept import repair_checkpoints
+from mpgraph.capture.lower import Graphs, lower
+from mpgraph.capture.paths import relocated
+from mpgraph.errors import PolicyError, PrecisionError
+from mpgraph.module import MixedPrecision, Settings, State
+from mpgraph.pipeline import PassContext, PassReport
+from mpgraph.precision import logger
+from mpgraph.unguarded import watch
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def run_region(state: State, model: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+    """What ``forward`` is while Dynamo traces it; Dynamo traces this function, too."""
+    settings = state.settings
+    compute = settings.precision.compute
+    with torch.autocast(settings.device, compute or torch.bfloat16, enabled=compute is not None):
+        if not settings.scaled:
+            return dynamo_bypassing_wrapper(state.rewriter, state.body, model, *args, **kwargs)
+        result, _ = dynamo_bypassing_wrapper(
+            state.rewriter, state.scaled_body, state.scale.read(), model, *args, **kwargs
+        )
+        return result
+
+
+def body_of(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The user's forward, as the body of a region."""
+
+    def body(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(model, *args, **kwargs)
+
+    return body
+
+
+def scaled_body_of(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same with a loss scale, which the body hands through: so it is one of its inputs."""
+
+    def body(scale: torch.Tensor, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = forward(model, *args, **kwargs)
+        # The rewritten graph returns no fp16; Python is to see the dtype that it will have.
+        return pytree.tree_map_only(torch.Tensor, _widened, result), scale
+
+    return body
+
+
+def _widened(value: torch.Tensor) -> torch.Tensor:
+    return value.float() if value.dtype is torch.float16 else value
+
+
+def rewriter_of(state: State) -> Callable[[fx.GraphModule], Callable[..., Any]]:
+    """What makes a runnable function of a body, for one converted model."""
+    of_state = weakref.ref(state)
+
+    def rewriter(body: fx.GraphModule) -> Callable[..., Any]:
+        def run(*operands: Any) -> Any:
+            if _KEY not in body.meta:
+                held = of_state()
+                assert held is not None
+                body.meta[_KEY] = _rewritten(held, body)
+            return body.meta[_KEY](*operands)
+
+        return run
+
+    return rewriter
+
+
+_KEY = "mpgraph_region"
+
+
+@dataclasses.dataclass
+class RegionEntry:
+    """One body, rewritten: as :class:`mpgraph.module.Specialisation`, for those who look on."""
+
+    label: str
+    context: PassContext
+    graphs: Graphs
+    breaks: list[Break]
+    engine: str = "compile"
+    reason: str = ""
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The first rewritten graph."""
+        return self.graphs[0][0] if self.graphs else fx.GraphModule({}, fx.Graph())
+
+    @property
+    def reports(self) -> list[PassReport]:
+        """What the passes did to all of them."""
+        return [report for _, reports in self.graphs for report in reports]
+
+
+def _rewritten(state: State, body: fx.GraphModule) -> Callable[..., Any]:
+    context = context_of(state.settings)
+    ambient = ambient_now(context)
+    placeholders = body.graph.find_nodes(op="placeholder")
+    _label(state, body, placeholders)
+    label = _describe(state, placeholders)
+    graphs: Graphs = []
+    breaks: list[Break] = []
+    run: Callable[..., Any] = body.forward
+    repair_checkpoints(body)
+    try:
+        # Whatever traces the region is not to trace the rewriting of it.
+        with (
+            _disable_current_modes(),
+            torch._C._DisablePythonDispatcher(),
+            tracing(None),
+            torch.autocast(context.device, enabled=False),
+        ):
+            gm = lower(body, context, ambient, graphs)
+        breaks += (b for lowered, _ in graphs for b in breaks_inside(lowered))
+        run = _runner(gm, _scale_position(state.settings, body), context.device)
+    except CannotLower as error:
+        logger.debug("a graph runs under torch.autocast: %s", error)
+        graphs, breaks = [], [Break(error.reason, error.line)]
+    if context.scaled and (model := state.model()) is not None and not state.scale.is_guarded:
+        watch(model)
+    _check_overrides(state, graphs)
+    state.compiled = [*state.compiled, RegionEntry(label, context, graphs, breaks)]
+    del state.compiled[: -state.settings.max_graphs]
+    return run
+
+
+def context_of(settings: Settings) -> PassContext:
+    """What the passes know."""
+    return PassContext(
+        policy=settings.policy,
+        compute=settings.precision.compute,
+        device=settings.device,
+        grad=torch.is_grad_enabled(),
+        strict=settings.policy.preset.startswith("autocast"),
+        scaled=settings.scaled,
+    )
+
+
+def _label(state: State, body: fx.GraphModule, placeholders: Sequence[fx.Node]) -> None:
+    """Say which inputs are parameters, which may carry gradients, and how to call them."""
+    names = _names(state.model())
+    for index, node in enumerate(placeholders):
+        example: Any = node.meta.get("example_value")
+        is_parameter = isinstance(example, nn.Parameter)
+        name = _name(node, names)
+        if is_parameter and example.dtype in _HALF and not state.settings.precision.pure:
+            raise PrecisionError(
+                f"parameter {name} is {example.dtype}: it was float32 when the model was "
+                f"converted. Convert it again for training in 16 bit ({state.settings.precision}-"
+                "true), or leave it in float32."
+            )
+        node.meta["slot"] = Slot("parameter" if is_parameter else "input", name, index)
+        carries = isinstance(example, torch.Tensor) and example.requires_grad
+        node.meta["leaf"] = carries and example.is_leaf
+        node.meta["differentiable"] = carries
+        node.meta["readable_name"] = re.sub(r"\W", "_", f"p_{name}" if is_parameter else name)
+    body.meta["relocate"] = relocated(_root(body))
+
+
+def _names(model: nn.Module | None) -> Mapping[str, str]:
+    """By the end of the name that Dynamo gives it, the path of a parameter or buffer."""
+    names = {}
+    for kind, found in _tensors_of(model):
+        *modules, last = found.split(".")
+        steps = [*(f"modules_{m}" for m in modules), f"{kind}_{last}_"]
+        names[re.sub(r"\W", "_", "_".join(steps))] = found
+    return names
+
+
+def _tensors_of(model: nn.Module | None) -> Iterator[tuple[str, str]]:
+    if model is not None:
+        yield from (("parameters", n) for n, _ in model.named_parameters(remove_duplicate=False))
+        yield from (("buffers", n) for n, _ in model.named_buffers(remove_duplicate=False))
+
+
+def _name(node: fx.Node, names: Mapping[str, str]) -> str:
+    ends = [end for end in names if node.name.endswith(end)]
+    if ends:
+        return names[max(ends, key=len)]
+    return node.name.removeprefix("l_").strip("_")
+
+
+def _root(body: fx.GraphModule) -> str:
+    """Where in the compiled function's own words the converted model is."""
+    for node in body.graph.nodes:
+        for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+            if isinstance(kind, type) and issubclass(kind, MixedPrecision):
+                return str(path)
+    return ""
+
+
+def _describe(state: State, placeholders: Sequence[fx.Node]) -> str:
+    model = state.model()
+    mode = "eval" if model is not None and not model.training else "train"
+    held = {path for _, path in _tensors_of(model)}
+    inputs = (n for n in placeholders if n.meta["slot"].target not in held)
+    tensors = ((n, n.meta.get("example_value")) for n in inputs)
+    shapes = (
+        f"{n.meta['readable_name']}: {ir.short_name(v.dtype)}{[str(size) for size in v.shape]}"
+        for n, v in tensors
+        if isinstance(v, torch.Tensor)
+    )
+    grad = "" if torch.is_grad_enabled() else ", no_grad"
+    return f"{state.original.__name__} {mode}{grad} ({', '.join(shapes)})".replace("'", "")
+
+
+def _check_overrides(state: State, graphs: Graphs) -> None:
+    model = state.model()
+    if state.compiled or model is None or not graphs:
+        return
+    nodes = (
+        (ir.operator_name(node), ir.module_path(node), node.name)
+        for gm, _ in graphs
+        for node in gm.graph.nodes
+        if node.op == "call_function"
+    )
+    try:
+        state.settings.policy.check_overrides(nodes, [path for path, _ in model.named_modules()])
+    except PolicyError as error:
+        state.say(f"in the compiled graph, {error}")
+
+
+def _scale_position(settings: Settings, body: fx.GraphModule) -> int:
+    """Which input is the loss scale: the one that the body hands through, last."""
+    if not settings.scaled:
+        return -1
+    returned = cast(Sequence[fx.Node], body.graph.output_node().args[0])
+    return body.graph.find_nodes(op="placeholder").index(returned[-1])
+
+
+def _runner(gm: fx.GraphModule, scale: int, device: str) -> Callable[..., Any]:
+    """Run a rewritten graph on the operands of its body, with scaled casts that can be traced."""
+    for node in gm.graph.nodes:
+        if node.target in _TRACEABLE:
+            node.target = _TRACEABLE[node.target]
+    gm.recompile()
+    slots = slots_of(gm)
+
+    def run(*operands: Any) -> Any:
+        used = operands[scale] if scale >= 0 else None
+        with torch.autocast(device, enabled=False):
+            return gm(*[_value(slot, operands, used) for slot in slots])
+
+    return run
+
+
+def _value(slot: Slot, operands: Sequence[Any], scale: torch.Tensor | None) -> Any:
+    if slot.kind == "scale":
+        return scale
+    value = operands[slot.index]
+    if slot.scaled and scale is not None:
+        return traceable_lower(value, slot.dtype or value.dtype, scale)
+    return value if slot.dtype is None else value.to(slot.dtype)
+
+
+class _Lower(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(scale)
+        ctx.dtype = x.dtype
+        return x.to(dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (scale,) = ctx.saved_tensors
+        return (gradients[0].float() / scale).to(ctx.dtype), None, None
+
+
+class _Widen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(scale)
+        ctx.dtype = h.dtype
+        return h.to(dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (scale,) = ctx.saved_tensors
+        return (gradients[0] * scale).to(ctx.dtype), None, None
+
+
+def traceable_lower(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
+    """``lower``, in operators that any backend can fuse with what is around them."""
+    return cast(torch.Tensor, cast(Any, _Lower).apply(x, dtype, scale))
+
+
+def traceable_widen(h: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
+    """``widen``, likewise."""
+    return cast(torch.Tensor, cast(Any, _Widen).apply(h, dtype, scale))
+
+
+_TRACEABLE: dict[Any, Any] = {ops.LOWER: traceable_lower, ops.WIDEN: traceable_widen}
