@@ -13,6 +13,8 @@ from mpgraph.capture.captured import Slot
 # How many copies are made together at most; 1 makes each by itself. Gradients wait in 16 bit for
 # those of their group: more of them would take more memory, and reach DDP's buckets later.
 GROUP = 16
+# The same for parameters in their own dtype, whose gradients are there anyway.
+GROUP_OF_ALIASES = 64
 
 
 def weight_groups(gm: fx.GraphModule) -> list[list[int]]:
@@ -36,9 +38,10 @@ def weight_groups(gm: fx.GraphModule) -> list[list[int]]:
         key = (slot.dtype, slot.scaled, reached.get(placeholders[i], 0), alone)
         alike.setdefault(key, []).append(i)
     return [
-        same[start : start + GROUP]
+        same[start : start + size]
         for same in alike.values()
-        for start in range(0, len(same), GROUP)
+        for size in [GROUP if slots[same[0]].kind == "cast" else GROUP_OF_ALIASES]
+        for start in range(0, len(same), size)
     ]
 
 
