@@ -9,6 +9,8 @@ mpgraph is left in the compiled code.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,17 +81,28 @@ def rewriter_of(state: State) -> Callable[[fx.GraphModule], Callable[..., Any]]:
     """What makes a runnable function of a body, for one converted model."""
     of_state = weakref.ref(state)
 
-    def rewriter(body: fx.GraphModule) -> Callable[..., Any]:
+    def rewriter(body: Any) -> Callable[..., Any]:
+        held = of_state()
+        assert held is not None
+        if not isinstance(body, fx.GraphModule):
+            # Dynamo gave up on the body, and Python runs what is written in run_region.
+            return functools.partial(_run_eagerly, held)
+
         def run(*operands: Any) -> Any:
             if _KEY not in body.meta:
-                held = of_state()
-                assert held is not None
                 body.meta[_KEY] = _rewritten(held, body)
             return body.meta[_KEY](*operands)
 
         return run
 
     return rewriter
+
+
+def _run_eagerly(state: State, *args: Any, **kwargs: Any) -> Any:
+    scale, model, *given = args if state.settings.scaled else (None, *args)
+    with torch.autocast(state.settings.device, enabled=False):  # that of run_region
+        result = state.call(model, tuple(given), kwargs)
+    return result if scale is None else (result, scale)
 
 
 _KEY = "mpgraph_region"
@@ -164,10 +177,11 @@ def context_of(settings: Settings) -> PassContext:
 def _label(state: State, body: fx.GraphModule, placeholders: Sequence[fx.Node]) -> None:
     """Say which inputs are parameters, which may carry gradients, and how to call them."""
     names = _names(state.model())
+    arguments = list(inspect.signature(state.original_forward()).parameters)[1:]
     for index, node in enumerate(placeholders):
         example: Any = node.meta.get("example_value")
         is_parameter = isinstance(example, nn.Parameter)
-        name = _name(node, names)
+        name = _name(node, names, arguments)
         if is_parameter and example.dtype in _HALF and not state.settings.precision.pure:
             raise PrecisionError(
                 f"parameter {name} is {example.dtype}: it was float32 when the model was "
@@ -198,11 +212,15 @@ def _tensors_of(model: nn.Module | None) -> Iterator[tuple[str, str]]:
         yield from (("buffers", n) for n, _ in model.named_buffers(remove_duplicate=False))
 
 
-def _name(node: fx.Node, names: Mapping[str, str]) -> str:
+def _name(node: fx.Node, names: Mapping[str, str], arguments: Sequence[str]) -> str:
     ends = [end for end in names if node.name.endswith(end)]
     if ends:
         return names[max(ends, key=len)]
-    return node.name.removeprefix("l_").strip("_")
+    name = re.sub(r"^l_(kwargs_)?", "", node.name).strip("_")
+    index, _, rest = name.removeprefix("args_").partition("_")
+    if name.startswith("args_") and index.isdecimal() and int(index) < len(arguments):
+        return "_".join(filter(None, (arguments[int(index)], rest)))
+    return name
 
 
 def _root(body: fx.GraphModule) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpgraph.capture.replaced import replaced
 from mpgraph.capture.undo import Before
 from mpgraph.errors import MPGraphError
 from mpgraph.finding import converted_modules
@@ -70,7 +71,11 @@ class Trace:
 def replay(step: Step, *, true: bool = False) -> Trace:
     """Run a step and leave everything as it was; with ``true``, in fp32 throughout."""
     states = [state_of(model) for model in converted_modules(step.model).values()]
-    with untouched(step.model, step.arguments), Watch(true=true).active(states) as watch:
+    with (
+        untouched(step.model, step.arguments),
+        _uncompiled(step.model),
+        Watch(true=true).active(states) as watch,
+    ):
         result = step.call()
         seeds = step.seeds(result)
         trace = Trace(
@@ -173,10 +178,30 @@ def _changeable(model: nn.Module) -> list[torch.Tensor]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel: a replay is one rank's own affair."""
-    inner = getattr(model, "module", None)
-    is_wrapper = type(model).__name__ in ("DistributedDataParallel", "DataParallel")
-    return inner if is_wrapper and isinstance(inner, nn.Module) else model
+    """The model inside torch.compile's wrapper or DistributedDataParallel.
+
+    A replay looks at every value by itself, and is one rank's own affair.
+    """
+    name = _WRAPPED.get(type(model).__name__)
+    inner = getattr(model, name) if name is not None else None
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+_WRAPPED = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+
+
+@contextlib.contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """Call modules themselves, not what ``module.compile()`` made of them."""
+    compiled = [m for m in model.modules() if getattr(m, "_compiled_call_impl", None) is not None]
+    with contextlib.ExitStack() as stack:
+        for module in compiled:
+            stack.enter_context(replaced(module, "_compiled_call_impl", None))
+        yield
 
 
 def loss_seeds(loss_fn: Callable[[Any], Any] | None) -> Callable[[Any], Seeds]:
