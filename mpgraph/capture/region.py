@@ -18,8 +18,9 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch._dynamo.variables import higher_order_ops
 from torch._guards import tracing
-from torch._higher_order_ops.wrap import dynamo_bypassing_wrapper
+from torch._ops import HigherOrderOperator
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -46,11 +47,52 @@ def run_region(state: State, model: nn.Module, args: tuple[Any, ...], kwargs: An
     compute = settings.precision.compute
     with torch.autocast(settings.device, compute or torch.bfloat16, enabled=compute is not None):
         if not settings.scaled:
-            return dynamo_bypassing_wrapper(state.rewriter, state.body, model, *args, **kwargs)
-        result, _ = dynamo_bypassing_wrapper(
+            return REGION(state.rewriter, state.body, model, *args, **kwargs)
+        _, result = REGION(
             state.rewriter, state.scaled_body, state.scale.read(), model, *args, **kwargs
         )
         return result
+
+
+class _Region(HigherOrderOperator):
+    """``REGION(rewriter, body, *args)`` runs ``rewriter(body)(*args)``."""
+
+    def __init__(self) -> None:
+        cast(Any, super()).__init__("mpgraph_region")
+
+    def __call__(self, rewriter: Any, body: Any, /, *args: Any, **kwargs: Any) -> Any:
+        # Dynamo keeps the function beside the body's graph, under this key.
+        if isinstance(rewriter, str):
+            rewriter = body.meta[rewriter]
+        disable: Any = torch._dynamo.disable
+        return disable(rewriter(body))(*args, **kwargs)
+
+
+REGION: Any = _Region()
+_Wrapper: Any = higher_order_ops.DynamoBypassingWrapperHigherOrderVariable
+
+
+class _RegionVariable(_Wrapper):  # type: ignore[misc]
+    """Dynamo's view of a region: a body that may change the model, as any forward may."""
+
+    _HOP_NAME = "mpgraph's region of a converted model"
+    allow_side_effects = True
+
+    def create_wrapped_node(self, *args: Any, **kwargs: Any) -> Any:
+        made = super().create_wrapped_node(*args, **kwargs)
+        self._body = made[4]
+        return made
+
+    def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
+        result = super()._call_function(tx, args, kwargs)
+        calls = tx.output.graph.find_nodes(op="call_function", target=self.value)
+        self._body.meta[_CALL] = list(calls)[-1]
+        return result
+
+
+_CALL = "mpgraph_call"
+_classes: dict[str, Any] = cast(Any, higher_order_ops)._hop_name_to_variable_class
+_classes["mpgraph_region"] = _RegionVariable
 
 
 def body_of(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,7 +110,7 @@ def scaled_body_of(forward: Callable[..., Any]) -> Callable[..., Any]:
     def body(scale: torch.Tensor, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = forward(model, *args, **kwargs)
         # The rewritten graph returns no fp16; Python is to see the dtype that it will have.
-        return pytree.tree_map_only(torch.Tensor, _widened, result), scale
+        return scale, pytree.tree_map_only(torch.Tensor, _widened, result)
 
     return body
 
@@ -102,7 +144,7 @@ def _run_eagerly(state: State, *args: Any, **kwargs: Any) -> Any:
     scale, model, *given = args if state.settings.scaled else (None, *args)
     with torch.autocast(state.settings.device, enabled=False):  # that of run_region
         result = state.call(model, tuple(given), kwargs)
-    return result if scale is None else (result, scale)
+    return result if scale is None else (scale, result)
 
 
 _KEY = "mpgraph_region"
@@ -139,6 +181,8 @@ def _rewritten(state: State, body: fx.GraphModule) -> Callable[..., Any]:
     graphs: Graphs = []
     breaks: list[Break] = []
     run: Callable[..., Any] = body.forward
+    scale = _scale_position(state.settings, body)
+    _drop_unused_results(body)
     repair_checkpoints(body)
     try:
         # Whatever traces the region is not to trace the rewriting of it.
@@ -150,7 +194,7 @@ def _rewritten(state: State, body: fx.GraphModule) -> Callable[..., Any]:
         ):
             gm = lower(body, context, ambient, graphs)
         breaks += (b for lowered, _ in graphs for b in breaks_inside(lowered))
-        run = _runner(gm, _scale_position(state.settings, body), context.device)
+        run = _runner(gm, scale, context.device)
     except CannotLower as error:
         logger.debug("a graph runs under torch.autocast: %s", error)
         graphs, breaks = [], [Break(error.reason, error.line)]
@@ -263,12 +307,27 @@ def _check_overrides(state: State, graphs: Graphs) -> None:
         state.say(f"in the compiled graph, {error}")
 
 
+def _drop_unused_results(body: fx.GraphModule) -> None:
+    """Return only what the graph around the body uses.
+
+    Where a body may have side effects, Dynamo has it return every value that it computes.
+    """
+    call: fx.Node | None = body.meta.get(_CALL)
+    if call is None:
+        return
+    used = {user.args[1] for user in call.users if ir.is_getitem(user) and user.users}
+    output = body.graph.output_node()
+    returned = cast(Sequence[Any], output.args[0])
+    output.args = (tuple(v if i in used else None for i, v in enumerate(returned)),)
+    body.recompile()
+
+
 def _scale_position(settings: Settings, body: fx.GraphModule) -> int:
-    """Which input is the loss scale: the one that the body hands through, last."""
+    """Which input is the loss scale: the one that the body hands through, first."""
     if not settings.scaled:
         return -1
     returned = cast(Sequence[fx.Node], body.graph.output_node().args[0])
-    return body.graph.find_nodes(op="placeholder").index(returned[-1])
+    return body.graph.find_nodes(op="placeholder").index(returned[0])
 
 
 def _runner(gm: fx.GraphModule, scale: int, device: str) -> Callable[..., Any]:
