@@ -501,6 +501,34 @@ class NumpyRandom(TwoLayers):
         return h.sum()
 
 
+class NumpyNumbers(TwoLayers):
+    """Numbers of numpy's where torch takes Python's, in graphs and between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = np.sqrt(8.0)
+        self.kinds: list[type] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        limit = np.log(2.0)
+        jitter = torch.empty(2, dtype=x.dtype).uniform_(-limit, limit)
+        h = self.first(x).view(-1, np.prod(x.shape[1:]))
+        torch._dynamo.graph_break()
+        self.kinds.append(type(limit))
+        # A scalar of either kind: as an array of float64, the number would win.
+        return h.sum() * jitter.sum() * self.scale + self.second(h).float().mean() * limit.item()
+
+
+class NumpyNumberThatChanges(TwoLayers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = np.float64(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls = self.calls + 1
+        return (self.first(x) * self.calls).sum() + self.second(x).float().mean() * self.calls
+
+
 class Counter(TwoLayers):
     def __init__(self) -> None:
         super().__init__()
@@ -524,6 +552,15 @@ def test_a_branch_on_data_takes_both_sides():
 @pytest.mark.parametrize("make", [LayerDrop, NumpyRandom])
 def test_python_random_numbers_are_drawn_at_every_call(make):
     assert_trains_like_autocast(make, sizes=(4, 4, 4, 4, 6, 6, 3))
+
+
+def test_a_number_of_numpys_is_a_number_as_in_eager_mode():
+    model = assert_trains_like_autocast(NumpyNumbers)
+    assert set(model.kinds) == {np.float64}
+
+
+def test_a_number_of_numpys_may_change_with_every_call():
+    assert_trains_like_autocast(NumpyNumberThatChanges, sizes=(4,) * 6)
 
 
 def test_a_counter_counts_every_call_once():

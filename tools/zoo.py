@@ -42,7 +42,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from tests.zoo import worker
 from tests.zoo.compare import Verdict
 from tests.zoo.coverage import cause_class, counts, coverage_page, engine_of
-from tests.zoo.results import OUTPUT, ROOT, Record, Setting, Store, source_digest
+from tests.zoo.results import OUTPUT, ROOT, Record, Setting, Store, has_bf16, source_digest
 
 STYLES = {"bitwise": "green", "close": "yellow", "eager-fails": "dim"}
 
@@ -110,7 +110,8 @@ def check_all(names: Sequence[str], arguments: argparse.Namespace, store: Store)
     with _progress(console) as progress:
         task = progress.add_task("", total=len(due))
         for record in _checked(due, arguments):
-            record |= {"key": setting.key(record["name"]), "source": digest}
+            key = setting.key(record["name"])
+            record |= {"key": key, "source": digest, "bf16": has_bf16()}
             store.add(record)
             progress.update(task, description=record["name"])
             progress.console.print(line_of(record), soft_wrap=True)
@@ -260,7 +261,7 @@ def sweep(arguments: argparse.Namespace) -> int:
     summarise(records)
     _write_json(records, arguments.json)
     if not arguments.only:
-        page = coverage_page(records, setting, len(names))
+        page = coverage_page(store.select_any_torch(names, setting), setting, len(names))
         arguments.page.parent.mkdir(parents=True, exist_ok=True)
         arguments.page.write_text(page)
     return 0 if not counts(records)["wrong"] else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,14 @@ import torch
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import exc
 from torch._dynamo import utils as dynamo_utils
-from torch._dynamo.variables import TensorVariable, builder, higher_order_ops, tensor
+from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.variables import (
+    ConstantVariable,
+    TensorVariable,
+    builder,
+    higher_order_ops,
+    tensor,
+)
 
 from mpgraph.capture import kept
 from mpgraph.capture.replaced import replaced
@@ -47,6 +55,7 @@ def configured(device: str, limit: int, count: int) -> Iterator[None]:
         _without_autocast_in_backward(device),
         _breaks_where_tracing_fails(),
         _hooks_in_python(),
+        _numpy_numbers_as_pythons(),
         _quiet(),
     ):
         yield
@@ -130,6 +139,34 @@ def _breaks_where_tracing_fails() -> Iterator[None]:
         replaced(builder, "get_fake_value", get_fake_value),
         replaced(tensor, "get_fake_value", get_fake_value),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def _numpy_numbers_as_pythons() -> Iterator[None]:
+    """Take a number of numpy's for a constant, as torch's operators do in eager mode.
+
+    Dynamo would take it for an array: a tensor of no dimensions and of the number's own dtype,
+    which other scalars are promoted to and which an operator that wants a number refuses. One
+    that goes on changing is left to Dynamo.
+    """
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        yield
+        return
+    owner: Any = builder.VariableBuilder
+    original = owner._wrap
+
+    def _wrap(self: Any, value: Any) -> Any:
+        is_number = isinstance(value, (numpy.integer, numpy.floating)) and value == value
+        # A longdouble is no number of Python's.
+        number = value.item() if is_number and dynamo_config.specialize_float else None
+        if not isinstance(number, (int, float)):
+            return original(self, value)
+        self.install_guards(GuardBuilder.EQUALS_MATCH)
+        return ConstantVariable.create(number, source=self.source)
+
+    with replaced(owner, "_wrap", _wrap):
         yield
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from .check import ANOTHER_PATH
 from .compare import Verdict
-from .results import Record, Setting, version_of
+from .results import Record, Setting, torch_of, version_of
 
 ORDER = [str(verdict) for verdict in Verdict]
 
@@ -56,6 +56,7 @@ def coverage_page(records: Sequence[Record], setting: Setting, names: int) -> st
             f"Versions: {_versions(records)}. Precision {setting.precision}, policy "
             f"`{setting.policy}`, engine `{setting.engine}`.\n",
             f"Checked so far: {len(records)} of {names} models.\n" if len(records) < names else "",
+            *_machines(records),
             *_totals(records, counted),
             *_classes(counted),
             *_table("Models", [r for r in records if r in counted]),
@@ -65,10 +66,24 @@ def coverage_page(records: Sequence[Record], setting: Setting, names: int) -> st
 
 
 def _versions(records: Sequence[Record]) -> str:
-    names = ("mpgraph", "torch", "transformers", "timm")
+    names = ("mpgraph", "transformers", "timm")
     digests = sorted({r["source"] for r in records if "source" in r})
     source = f" (source {', '.join(digests)})" if digests else ""
     return ", ".join(f"{n} {version_of(n)}{source if n == 'mpgraph' else ''}" for n in names)
+
+
+def _machines(records: Sequence[Record]) -> list[str]:
+    """Say how many rows are from which torch, and whether bf16 was the processor's own there."""
+    number = Counter((torch_of(r), r.get("bf16")) for r in records)
+    lines = ["| torch | bf16 in the processor | rows |", "|---|---|---:|"]
+    for (torch, is_native), rows in number.most_common():
+        native = {True: "yes", False: "no: emulated"}.get(is_native, "not recorded")
+        lines.append(f"| {torch} | {native} | {rows} |")
+    note = (
+        "Where a model has results of several versions of torch, the newest is given; but one that "
+        "ended at its time limit, or in eager torch, gives way to any other.\n"
+    )
+    return [*lines, "", *([note] if len(number) > 1 else [])]
 
 
 def _totals(records: Sequence[Record], counted: Sequence[Record]) -> list[str]:
@@ -114,10 +129,12 @@ def cause_class(record: Record) -> str:
 def _table(title: str, records: Sequence[Record]) -> list[str]:
     if not records:
         return []
-    lines = [f"## {title}", "", "| model | engine | verdict | cause |", "|---|---|---|---|"]
+    lines = [f"## {title}", "", "| model | torch | engine | verdict | cause |"]
+    lines.append("|---|---|---|---|---|")
     for record in records:
         cause = _cell(record.get("cause", ""))
-        lines.append(f"| {record['name']} | {engine_of(record)} | {record['verdict']} | {cause} |")
+        facts = (record["name"], torch_of(record), engine_of(record), record["verdict"], cause)
+        lines.append(f"| {' | '.join(facts)} |")
     return [*lines, ""]
 
 

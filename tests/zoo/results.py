@@ -7,6 +7,7 @@ import fnmatch
 import hashlib
 import importlib.metadata
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,39 @@ class Setting:
         return " | ".join([name, self.engine, self.precision, self.policy, *device, *versions])
 
 
+def has_bf16() -> bool:
+    """Whether this processor has instructions for bf16; otherwise torch emulates it."""
+    import torch
+
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def version_of(library: str) -> str:
     """Return an installed library's version, or "-"."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         return "-"
+
+
+def torch_of(record: Record) -> str:
+    """Return the version of torch that a result is from."""
+    found = re.search(r"\| torch (\S+)", record["key"])
+    return found[1] if found else "-"
+
+
+def _of_any_torch(key: str) -> str:
+    return re.sub(r"\| torch \S+", "| torch", key)
+
+
+def _weight(record: Record) -> tuple[bool, list[int]]:
+    """Return what decides between results of one model: one that says something, the newest torch.
+
+    A time limit, or eager torch that fails, says something about a machine or a release alone.
+    """
+    is_void = record["verdict"] == "eager-fails" or record["cause"].startswith("time limit")
+    release = torch_of(record).partition("+")[0]
+    return not is_void, [int(number) for number in re.findall(r"\d+", release)]
 
 
 def source_digest() -> str:
@@ -78,6 +106,15 @@ class Store:
         """Return the results there are for the names, in their order."""
         keys = (setting.key(name) for name in names)
         return [self.records[key] for key in keys if key in self.records]
+
+    def select_any_torch(self, names: Iterable[str], setting: Setting) -> list[Record]:
+        """Return the best result there is for each name, from whichever version of torch."""
+        found: dict[str, Record] = {}
+        for key, record in self.records.items():
+            general = _of_any_torch(key)
+            found[general] = max(found.get(general, record), record, key=_weight)
+        keys = (_of_any_torch(setting.key(name)) for name in names)
+        return [found[key] for key in keys if key in found]
 
     def missing(self, names: Iterable[str], setting: Setting, again: Iterable[str]) -> list[str]:
         """Return the names without a result, and those whose name or verdict is to run again."""
