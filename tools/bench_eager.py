@@ -210,14 +210,15 @@ def main() -> None:
         )  # fmt: skip
     Console(width=100).print(table)
     if options.json:
-        _write(options.json, {"machine": _machine(options.device), "rows": rows})
+        write(options.json, {"machine": machine(options.device), "rows": rows})
 
 
 def _device(model: nn.Module) -> str:
     return next(model.parameters()).device.type
 
 
-def _machine(device: str) -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
+    """What the figures were measured on."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -237,7 +238,8 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _write(path: Path, figures: dict[str, Any]) -> None:
+def write(path: Path, figures: dict[str, Any]) -> None:
+    """Keep the raw figures: whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(figures, indent=1) + "\n")

@@ -1,0 +1,208 @@
+"""Time a training step, every way to run it, in one run: mpgraph ÷ what people use today.
+
+    python tools/bench.py [--models gpt mlp] [--precision fp16] [--device cuda] [--json FILE]
+
+All ways start from the same weights, see the same batch, and take their steps in turn, the order
+changing from step to step; compiling and warm-up stay apart. Ratios are medians of the ratio of
+neighbouring steps to the best that users have without mpgraph: ``torch.compile`` of the model
+under ``torch.autocast``, with a fused AdamW (and ``GradScaler`` in fp16).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_eager import DTYPES, machine, write
+from bench_models import CASES, case
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+import mpgraph
+
+PEER = "compile + autocast"
+Step = Callable[[], Any]
+
+
+class Ways:
+    """Every way to run one step of one model, each with weights and optimizer of its own."""
+
+    def __init__(self, name: str, device: str, precision: str) -> None:
+        self.model, self.loss, self.batch = case(name, device)
+        self.device, self.precision = device, precision
+
+    def made(self, names: list[str]) -> dict[str, Step]:
+        """The steps, by name."""
+        return {name: getattr(self, _METHODS[name])() for name in names}
+
+    def fp32(self) -> Step:
+        """Eager mode in float32."""
+        return self._step(copy.deepcopy(self.model), None)
+
+    def autocast(self) -> Step:
+        """Eager mode under ``torch.autocast``."""
+        return self._step(copy.deepcopy(self.model), DTYPES[self.precision])
+
+    def compiled_autocast(self) -> Step:
+        """The peer."""
+        model = copy.deepcopy(self.model)
+        return self._step(model, DTYPES[self.precision], torch.compile(model))
+
+    def convert(self) -> Step:
+        """Converted by mpgraph, in eager mode."""
+        return self._guarded(None)
+
+    def compiled_convert(self) -> Step:
+        """Converted by mpgraph, then compiled."""
+        return self._guarded(torch.compile)
+
+    def pure(self) -> Step:
+        """Everything in 16 bit, compiled: the lower limit, which does not train as well."""
+        model = copy.deepcopy(self.model).to(DTYPES[self.precision])
+        batch = [v.to(DTYPES[self.precision]) if v.is_floating_point() else v for v in self.batch]
+        return self._step(model, None, torch.compile(model), batch=batch)
+
+    def _guarded(self, compiler: Callable[..., Any] | None) -> Step:
+        policy = f"autocast-{self.device}"
+        model = mpgraph.convert(copy.deepcopy(self.model), self.precision, policy=policy)
+        call = model if compiler is None else compiler(model, fullgraph=True)
+        return self._step(model, None, call, guarded=self.precision == "fp16")
+
+    def _step(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype | None,
+        call: Any = None,
+        *,
+        guarded: bool = False,
+        batch: Any = None,
+    ) -> Step:
+        call, batch = model if call is None else call, batch or self.batch
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        scaler = torch.amp.GradScaler(self.device, enabled=dtype is torch.float16)
+        if guarded:
+            mpgraph.guard(optimizer, model)
+
+        def step() -> Any:
+            with torch.autocast(self.device, dtype, enabled=dtype is not None):
+                loss = self.loss(call, *batch)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            return loss
+
+        return step
+
+
+_METHODS = {
+    "fp32": "fp32",
+    "autocast": "autocast",
+    PEER: "compiled_autocast",
+    "mpgraph": "convert",
+    "compile + mpgraph": "compiled_convert",
+    "compile, pure 16-bit": "pure",
+}
+
+
+def measure(name: str, device: str, precision: str, steps: int, ways: list[str]) -> dict[str, Any]:
+    """One model, every way, step by step in turn."""
+    torch._dynamo.reset()
+    subject = Ways(name, device, precision)
+    made = subject.made(ways)
+    first: dict[str, float] = {}
+    memory: dict[str, float] = {}
+    losses: dict[str, float] = {}
+    for way, step in made.items():
+        started = time.perf_counter()
+        losses[way] = float(step())
+        first[way] = time.perf_counter() - started
+        for _ in range(2):
+            step()
+        memory[way] = _peak(step, device)
+    seconds: dict[str, list[float]] = {way: [] for way in made}
+    for index in track(range(steps), name):
+        for way in sorted(made, reverse=bool(index % 2)):
+            _wait(device)
+            started = time.perf_counter()
+            made[way]()
+            _wait(device)
+            seconds[way].append(time.perf_counter() - started)
+    return {
+        "model": name,
+        "precision": precision,
+        "parameters": sum(p.numel() for p in subject.model.parameters()),
+        "first_step_seconds": first,
+        "peak_mebibytes": memory,
+        "first_loss": losses,
+        "seconds": seconds,
+        "ratios": {way: _ratio(seconds[way], seconds[PEER]) for way in made},
+    }
+
+
+def _ratio(found: list[float], peer: list[float]) -> dict[str, float]:
+    ratios = [f / p for f, p in zip(found, peer, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"median": middle, "low": low, "high": high}
+
+
+def _peak(step: Step, device: str) -> float:
+    """How much device memory a step takes beyond what lies there already."""
+    if device != "cuda":
+        return 0.0
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    """The figures, for people."""
+    table = Table("model", "way", "ms", "÷ peer", "quartiles", "peak MiB", "first step, s")
+    for row in rows:
+        for way, ratio in row["ratios"].items():
+            table.add_row(
+                f"{row['model']} {row['precision']}", way,
+                f"{1e3 * statistics.median(row['seconds'][way]):.2f}", f"{ratio['median']:.3f}",
+                f"{ratio['low']:.3f} - {ratio['high']:.3f}",
+                f"{row['peak_mebibytes'][way]:.0f}", f"{row['first_step_seconds'][way]:.1f}",
+            )  # fmt: skip
+        table.add_section()
+    return table
+
+
+def main() -> None:
+    """Measure, print the table, keep the raw figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--ways", nargs="+", default=list(_METHODS), choices=list(_METHODS))
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", nargs="+", default=["bf16"], choices=list(DTYPES))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    ways = list(dict.fromkeys([PEER, *options.ways]))
+    rows = []
+    for name in options.models:
+        for precision in options.precision:
+            rows.append(measure(name, options.device, precision, options.steps, ways))
+            if options.json:
+                write(options.json, {"machine": machine(options.device), "rows": rows})
+    Console(width=110).print(table_of(rows))
+
+
+if __name__ == "__main__":
+    main()
