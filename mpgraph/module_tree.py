@@ -13,7 +13,7 @@ from torch import nn
 from mpgraph import ir
 from mpgraph.code_state import CodeState
 from mpgraph.errors import PrecisionError
-from mpgraph.plain import MODULE_STATE, PLAIN
+from mpgraph.plain import MODULE_STATE, PLAIN, tables_of
 
 _READ = (
     *PLAIN, torch.dtype, torch.device,
@@ -36,14 +36,17 @@ class ModuleTree:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(model.modules())
-        self._child_tables = [m._modules for m in self.modules]
+        tables = {m: tables_of(m) for m in self.modules}
+        self._child_tables = [tables[m].modules for m in self.modules]
         self._children = self._child_lists()
         self._parameters = [
-            (m._parameters, name, path)
+            (tables[m].parameters, name, path)
             for path, m in model.named_modules()
-            for name in m._parameters
+            for name in tables[m].parameters
         ]
-        self._state = [table for m in self.modules for table in (m._parameters, m._buffers)]
+        self._state = [
+            table for m in self.modules for table in (tables[m].parameters, tables[m].buffers)
+        ]
         self._present, self._entries = self._presence(), self._entries_now()
         self._versions: dict[Any, int] = {}
         self._values: list[Any] = []

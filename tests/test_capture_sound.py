@@ -612,6 +612,53 @@ def test_the_gradient_of_a_parameter_in_a_list_is_that_of_autocast():
     assert torch.equal(model.stray[0].grad, want)
 
 
+def swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+class Scripted(nn.Module):
+    """TorchScript widens the product by itself, because autocast is on; plain torch would not."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        made: dict[str, Callable[[], Any]] = {
+            "function": lambda: torch.jit.script(swish),
+            "module": lambda: torch.jit.script(nn.Linear(WIDTH, WIDTH)),
+            "traced": lambda: torch.jit.trace(nn.Linear(WIDTH, WIDTH), torch.ones(1, WIDTH)),
+        }
+        self.part = made[part]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer(x)
+        return self.part(hidden)
+
+
+def loss_and_gradient(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    result = model(x)
+    (gradient,) = torch.autograd.grad(result.float().sum(), model.layer.weight)
+    return result, gradient
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("part", ["function", "module", "traced"])
+def test_torchscript_runs_in_its_own_runtime(part):
+    torch.manual_seed(0)
+    model, x = Scripted(part), torch.randn(4, WIDTH)
+    with pytest.raises(CaptureError, match="what TorchScript casts"):
+        mpgraph.convert(model, "bf16", capture="export")(x)
+    for _ in range(4):  # the runtime makes other kernels of a function that it has seen run
+        with torch.autocast("cpu", torch.bfloat16):
+            expected, wanted = loss_and_gradient(model, x)
+    converted = mpgraph.convert(model, "bf16", policy="autocast-cpu")
+    with pytest.warns(UserWarning, match="what TorchScript casts"):
+        result, gradient = loss_and_gradient(converted, x)
+    assert result.dtype is expected.dtype
+    assert torch.equal(result, expected)
+    assert torch.equal(gradient, wanted)
+    assert "linear" in mpgraph.text(converted)
+
+
 @pytest.mark.parametrize("capture", ["export", "dynamo"])
 def test_a_hook_that_is_added_or_removed_is_seen_by_the_next_call(capture):
     model = mpgraph.convert(nn.Sequential(nn.Linear(WIDTH, WIDTH)), "fp32", capture=capture)

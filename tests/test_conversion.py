@@ -420,6 +420,16 @@ def test_a_meta_model_is_refused():
         mpgraph.convert(Net().to("meta"), "bf16")
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_torchscript_module_is_refused_where_it_would_have_to_change():
+    scripted = torch.jit.script(nn.Linear(8, 8))
+    with pytest.raises(mpgraph.PrecisionError, match="TorchScript module, whose code"):
+        mpgraph.convert(scripted, "bf16")
+    with pytest.raises(mpgraph.PrecisionError, match="TorchScript module at '1'"):
+        mpgraph.convert(nn.Sequential(nn.Linear(8, 8), scripted), "bf16-true")
+    assert scripted.weight.dtype is torch.float32
+
+
 def test_a_function_is_refused():
     with pytest.raises(mpgraph.PrecisionError, match=r"expected an nn\.Module"):
         mpgraph.convert(lambda x: x, "bf16")  # type: ignore[type-var]

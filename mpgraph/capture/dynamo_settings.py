@@ -11,7 +11,14 @@ import torch
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import exc
 from torch._dynamo import utils as dynamo_utils
-from torch._dynamo.variables import TensorVariable, builder, higher_order_ops, tensor
+from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.variables import (
+    TensorVariable,
+    builder,
+    functions,
+    higher_order_ops,
+    tensor,
+)
 
 from mpgraph.capture import kept
 from mpgraph.capture.replaced import replaced
@@ -47,6 +54,7 @@ def configured(device: str, limit: int, count: int) -> Iterator[None]:
         _without_autocast_in_backward(device),
         _breaks_where_tracing_fails(),
         _hooks_in_python(),
+        _breaks_at_torchscript(),
         _quiet(),
     ):
         yield
@@ -129,6 +137,33 @@ def _breaks_where_tracing_fails() -> Iterator[None]:
     with (
         replaced(builder, "get_fake_value", get_fake_value),
         replaced(tensor, "get_fake_value", get_fake_value),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _breaks_at_torchscript() -> Iterator[None]:
+    """Leave TorchScript to its own runtime, which casts by rules of its own, call by call.
+
+    Dynamo would trace the Python that a scripted function was made from, as if nobody had; and
+    leave all of a function that calls a scripted module to eager mode.
+    """
+
+    def wrap(self: Any, value: Any) -> Any:
+        self.install_guards(GuardBuilder.TYPE_MATCH)
+        reason = f"{type(value).__name__} runs in the TorchScript runtime"
+        return functions.SkipFunctionVariable(value, reason, source=self.source)
+
+    owner = builder.VariableBuilder
+    wrap_module = owner.wrap_module
+
+    def wrap_any_module(self: Any, value: Any) -> Any:
+        is_script = isinstance(value, torch.jit.ScriptModule)
+        return wrap(self, value) if is_script else wrap_module(self, value)
+
+    with (
+        replaced(owner, "wrap_jit_function", wrap),
+        replaced(owner, "wrap_module", wrap_any_module),
     ):
         yield
 
