@@ -212,8 +212,10 @@ def _retyped(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _change_class(model: nn.Module, settings: Settings) -> None:
-    if isinstance(model, MixedPrecision):
+    if isinstance(model, MixedPrecision) and STATE in vars(model):
         state = state_of(model).again(settings)
+    elif isinstance(model, MixedPrecision):  # a slice of a converted Sequential
+        state = State(settings, type(model).__bases__[1], vars(model).pop("forward", None))
     else:
         state = State(settings, type(model), vars(model).pop("forward", None))
     vars(model)[STATE] = state
