@@ -263,6 +263,7 @@ class State:
             same_leaves(leaves),
             self._tree.training(),
             torch.is_grad_enabled(),
+            is_transformed(),
             None if guarded else self._tree.version(),
         )
 
@@ -309,6 +310,11 @@ class State:
         if message not in self._said:
             self._said.add(message)
             warn(message)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` (``vmap``, ``grad``, ``jvp``) is around the call."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def times(count: int) -> str:

@@ -785,3 +785,30 @@ def test_a_global_table_with_methods_of_its_own_is_neither_called_nor_changed(fa
         model(torch.randn(2, 8))
     assert dict(dict.items(ACTIVATIONS)) == before
     assert list(ACTIVATIONS) == list(before)
+
+
+def per_sample_gradients(model: nn.Module, x: Tensor, autocast: bool) -> dict[str, Tensor]:
+    """As torch's tutorial does it: ``vmap`` of ``grad`` of a call with other parameters."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            result = torch.func.functional_call(model, parameters, (row.unsqueeze(0),))
+        return result.float().square().sum()
+
+    return torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+
+
+def test_a_function_transform_around_the_model_runs_it_in_eager_mode():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()), torch.randn(4, WIDTH)
+    expected = per_sample_gradients(model, x, autocast=True)
+    converted = mpgraph.convert(model, "bf16", policy="autocast-cpu")
+    with pytest.warns(UserWarning, match=r"around the call: such calls run in eager mode"):
+        result = per_sample_gradients(converted, x, autocast=False)
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
+    converted(x)
+    assert "linear" in mpgraph.text(converted), "other calls have a graph as before"
+    torch.func.vmap(converted)(x)
+    with pytest.raises(CaptureError, match=r"a function transform such as torch.func.vmap"):
+        torch.func.vmap(mpgraph.convert(model, "bf16", capture="export"))(x)

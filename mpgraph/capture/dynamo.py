@@ -28,7 +28,7 @@ from mpgraph.capture.miscounts import refuse_miscounts
 from mpgraph.capture.own_error import note_line, raise_own_error
 from mpgraph.capture.paths import label_placeholders
 from mpgraph.errors import CaptureError, MPGraphError, PolicyError
-from mpgraph.module import State, capturing
+from mpgraph.module import State, capturing, is_transformed
 from mpgraph.pipeline import PassContext, PassReport
 from mpgraph.structure import flatten
 
@@ -129,7 +129,8 @@ class DynamoEngine:
                 raise
             failure = error
         else:
-            self.modes.add(_mode(model))
+            if not is_transformed():
+                self.modes.add(_mode(model))
             self._announce(entry, call)
             return result
         # Not inside the handler: Dynamo's error would be printed as the cause of the model's own.
@@ -174,7 +175,7 @@ class DynamoEngine:
             self._say_what_matched_nothing(entry)
             if entry.notice:
                 self.state.say(entry.notice)
-        if not call.ran:
+        if not call.ran and not is_transformed():
             said = "; ".join(f"{b.reason} ({b.line})" for b in entry.breaks)
             self.state.say(
                 "Dynamo compiled nothing of a call, so all of it ran in eager mode under "
@@ -247,6 +248,8 @@ def make_entry(
         reason, line = describe(error)
         entry.reason = f"{reason} ({line})" if line else reason
         entry.notice = _notice(type(model), entry.reason)
+        if is_transformed():
+            entry.notice = f"{entry.reason}: such calls run in eager mode under torch.autocast."
     return entry
 
 
