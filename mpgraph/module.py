@@ -31,7 +31,9 @@ from mpgraph.warn import warn
 from mpgraph.weights import WeightCopies
 
 _local = threading.local()
-_capture_lock = threading.RLock()
+# Tracing changes state of the whole process, and puts traced values in the place of a model's
+# parameters: meanwhile no other thread may read them.
+lock = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +92,10 @@ class Specialisation:
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run the graph on the flattened arguments; give the model's result."""
+        with lock:
+            values = self.gather(leaves)
         try:
-            outputs = self.run(*self.gather(leaves))
+            outputs = self.run(*values)
         except Exception as error:
             add_place(error, self.graph_module)
             raise
@@ -234,6 +238,10 @@ class State:
         return self._signature.bind(args, kwargs)
 
     def _find(self, model: nn.Module, leaves: list[Any], spec: Spec) -> Any:
+        with lock:
+            return self._find_or_capture(model, leaves, spec)
+
+    def _find_or_capture(self, model: nn.Module, leaves: list[Any], spec: Spec) -> Any:
         if self._tree is None or not self._tree.is_current(model):
             self._by_key.clear()
             self.dynamo = None
@@ -280,9 +288,7 @@ class State:
         self._refuse_growth()
         if (parameter := next(model.parameters(), None)) is not None:
             self.scale.move(parameter.device)
-        # Tracing changes state of the whole process; one thread at a time.
-        with _capture_lock:
-            return capture_call(self, model, leaves, spec, entries)
+        return capture_call(self, model, leaves, spec, entries)
 
     def _refuse_growth(self) -> None:
         count, limit = len(self.specialisations()), self.settings.max_graphs

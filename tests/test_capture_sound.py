@@ -12,6 +12,7 @@ import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -812,3 +813,38 @@ def test_a_function_transform_around_the_model_runs_it_in_eager_mode():
     torch.func.vmap(converted)(x)
     with pytest.raises(CaptureError, match=r"a function transform such as torch.func.vmap"):
         torch.func.vmap(mpgraph.convert(model, "bf16", capture="export"))(x)
+
+
+class Branches(nn.Module):
+    """Three ways: two by size, which export takes apart, and one by data, for Dynamo."""
+
+    def __init__(self, on_data: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.on_data = on_data
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) % 2 or (self.on_data and x.sum() > 0):
+            return self.b(self.a(x))
+        return self.a(self.b(x))
+
+
+def gradients_of(model: nn.Module, x: Tensor) -> list[Tensor]:
+    loss = model(x).float().square().sum()
+    return [*torch.autograd.grad(loss, list(model.parameters()))]
+
+
+@pytest.mark.parametrize("on_data", [False, True])
+def test_threads_that_call_a_model_while_another_captures_it_read_its_parameters(on_data):
+    torch.manual_seed(0)
+    model = Branches(on_data)
+    inputs = [torch.randn(2 + i % 3, WIDTH) for i in range(8)]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = [gradients_of(model, x) for x in inputs]
+    converted = mpgraph.convert(model, "bf16", policy="autocast-cpu")
+    with warnings.catch_warnings(), ThreadPoolExecutor(4) as threads:
+        warnings.simplefilter("ignore")
+        results = list(threads.map(lambda x: gradients_of(converted, x), inputs))
+    for result, wanted in zip(results, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(result, wanted, strict=True))
+    assert all(isinstance(p, nn.Parameter) for p in converted.parameters())

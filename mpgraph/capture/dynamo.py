@@ -28,7 +28,7 @@ from mpgraph.capture.miscounts import refuse_miscounts
 from mpgraph.capture.own_error import note_line, raise_own_error
 from mpgraph.capture.paths import label_placeholders
 from mpgraph.errors import CaptureError, MPGraphError, PolicyError
-from mpgraph.module import State, capturing, is_transformed
+from mpgraph.module import State, capturing, is_transformed, lock
 from mpgraph.pipeline import PassContext, PassReport
 from mpgraph.structure import flatten
 
@@ -119,7 +119,9 @@ class DynamoEngine:
         """Run one call; compile what has not been compiled."""
         call = Call(self.state.weights, self.state.scale)
         try:
-            result = self._call(call, entry, model, args, kwargs)
+            # Dynamo's settings are the whole process's, and its graphs read the model as they run.
+            with lock:
+                result = self._call(call, entry, model, args, kwargs)
         except Exception as error:
             _forgive(error)
             entry.failed = _mode(model) not in self.modes

@@ -30,6 +30,7 @@ from mpgraph.capture.detect import NeedsDynamo, watch
 from mpgraph.capture.held import Held, held_by, held_by_code, held_in
 from mpgraph.capture.miscounts import refuse_miscounted
 from mpgraph.capture.modes import Marks
+from mpgraph.capture.threads import other_threads_untraced
 from mpgraph.capture.transforms import refuse_transforms
 from mpgraph.code_state import CodeState
 from mpgraph.plain import MODULE_STATE, tables_of
@@ -187,7 +188,7 @@ def _trace(
     plan: _Plan, autocast: contextlib.AbstractContextManager[Any]
 ) -> torch.export.ExportedProgram:
     with _quiet(), torch.random.fork_rng(devices=[]), watch(), _same_containers(plan.model):
-        with autocast, plan.marks.made():
+        with autocast, plan.marks.made(), other_threads_untraced():
             return _export(_FlatModule(plan), plan.call)
 
 
