@@ -961,6 +961,37 @@ def test_asking_whether_an_error_is_the_models_own_leaves_no_trace(monkeypatch):
     assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
 
 
+def test_asking_so_leaves_every_tensor_as_it_was(monkeypatch):
+    class Writes(TwoLayers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.listed = [torch.zeros(8)]
+            self.unit = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.unit.data.add_(1)
+            self.listed[0][2:].add_(1)
+            self.second.bias.data = self.second.bias.data + 1
+            with torch.no_grad():
+                self.first.weight[0] = 0
+                torch._foreach_mul_([self.first.bias, self.second.weight], 2)
+            self.unit.grad = torch.ones(8)
+            self.first.requires_grad_(False)
+            return self.second(self.first(x)) * self.unit
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("an export that fails in a new way")
+
+    monkeypatch.setattr(engines, "capture_export", fail)
+    model = mpgraph.convert(Writes(), "bf16", capture="export")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CaptureError, match="an export that fails in a new way"):
+        model(torch.ones(4, 8))
+    assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
+    assert torch.equal(model.listed[0], torch.zeros(8))
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
 def test_after_an_exception_of_the_model_the_graphs_run_again():
     model = mpgraph.convert(Refuses(), "bf16", capture="dynamo")
 

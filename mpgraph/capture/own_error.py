@@ -34,7 +34,7 @@ def raise_own_error(
     forward = state.original_forward()
     before = BeforeRun(model, opaque_values(spec))
     try:
-        with capturing(), context.autocast():
+        with capturing(), context.autocast(), before.writes:
             forward(model, *args, **kwargs)
     except Exception as error:
         note_line(error)
