@@ -48,6 +48,7 @@ class ModuleTree:
             table for m in self.modules for table in (tables[m].parameters, tables[m].buffers)
         ]
         self._present, self._entries = self._presence(), self._entries_now()
+        self._ties = list(_ties(self._state))
         self._versions: dict[Any, int] = {}
         self._values: list[Any] = []
         self._version = -1
@@ -65,7 +66,7 @@ class ModuleTree:
             if self._presence() != self._present:
                 return False
             self._entries = entries
-        return True
+        return all(table.get(name) is other.get(alias) for table, name, other, alias in self._ties)
 
     def _child_lists(self) -> list[list[Any]]:
         return [*map(list, map(_VALUES, self._child_tables))]
@@ -132,6 +133,16 @@ class ModuleTree:
                     "move the model without changing its dtype (load_state_dict without "
                     "assign=True keeps float32)."
                 )
+
+
+def _ties(tables: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str, Any, str]]:
+    """The places that hold what an earlier one holds: tied weights, which a graph reads once."""
+    first: dict[int, tuple[dict[str, Any], str]] = {}
+    for table in tables:
+        for name, value in table.items():
+            if value is not None and id(value) in first:
+                yield table, name, *first[id(value)]
+            first.setdefault(id(value), (table, name))
 
 
 def _tables_of(modules: list[nn.Module]) -> Iterator[dict[str, Any]]:

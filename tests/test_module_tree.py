@@ -226,6 +226,43 @@ def test_a_change_of_structure_is_seen_by_the_next_call(change: Callable[[Any], 
         assert all(p.grad is not None for p in converted.parameters())
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(8, 8), nn.Linear(8, 8, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("mean", torch.ones(8))
+        self.register_buffer("shift", self.mean)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embed(tokens) * self.mean) + self.shift
+
+
+def untie_weights(model: Any) -> None:
+    model.head.weight = nn.Parameter(torch.ones(8, 8))
+
+
+def untie_buffers(model: Any) -> None:
+    model.shift = torch.zeros(8)
+
+
+@pytest.mark.parametrize("untie", [untie_weights, untie_buffers])
+def test_what_is_tied_at_first_and_then_no_more_is_read_from_two_places(untie):
+    model, tokens = Tied(), torch.arange(8)
+    converted = mpgraph.convert(copy.deepcopy(model), "bf16", policy="autocast-cpu")
+    converted(tokens)
+    for subject in (model, converted):
+        untie(subject)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model(tokens)
+    got = converted(tokens)
+    assert torch.equal(got, want)
+    got.sum().backward()
+    want.sum().backward()
+    for parameter, other in zip(converted.parameters(), model.parameters(), strict=True):
+        assert torch.equal(parameter.grad, other.grad)
+
+
 def test_properties_of_arguments_that_forward_may_ask_for_are_told_apart():
     model = Grows()
     converted = mpgraph.convert(copy.deepcopy(model), "bf16", policy="autocast-cpu")
