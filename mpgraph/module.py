@@ -248,16 +248,23 @@ class State:
             self._tree = ModuleTree(model)
         if not self.settings.precision.pure:
             self._tree.check_dtypes()
-        key = self._key(model, leaves, spec)
-        entries = self._by_key.get(key, [])
-        for entry in entries:
-            if entry.accepts(leaves):
-                return entry
+        entry = self._captured(model, leaves, spec)
+        if entry is not None:
+            return entry
+        self._tree.note_tensors()  # some may have been replaced
+        entry = self._captured(model, leaves, spec)
+        if entry is not None:
+            return entry
+        entries = self._by_key.get(self._key(model, leaves, spec), [])
         entry = self._capture(model, leaves, spec, entries)
         # Anew, because a first call may have set something up, such as hooks.
         key = self._key(model, leaves, spec, guarded=entry.engine == "dynamo")
         self._by_key.setdefault(key, []).append(entry)
         return entry
+
+    def _captured(self, model: nn.Module, leaves: list[Any], spec: Spec) -> Any:
+        entries = self._by_key.get(self._key(model, leaves, spec), [])
+        return next((entry for entry in entries if entry.accepts(leaves)), None)
 
     def _key(
         self, model: nn.Module, leaves: list[Any], spec: Spec, *, guarded: bool = False
@@ -269,6 +276,7 @@ class State:
             spec,
             tuple([_describe(leaf) for leaf in leaves]),
             same_leaves(leaves),
+            self._tree.among(leaves),
             self._tree.training(),
             torch.is_grad_enabled(),
             is_transformed(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ _HALVES = frozenset({torch.bfloat16, torch.float16})
 _VALUES = operator.methodcaller("values")
 # How far into plain objects (a model's config, and the configs inside it) attributes are read.
 _DEPTH = 2
+_NOT_OWN: tuple[dict[str, Any], str, int] = {}, "", -1
 
 
 class ModuleTree:
@@ -49,6 +50,7 @@ class ModuleTree:
         ]
         self._present, self._entries = self._presence(), self._entries_now()
         self._ties = list(_ties(self._state))
+        self.note_tensors()
         self._versions: dict[Any, int] = {}
         self._values: list[Any] = []
         self._version = -1
@@ -78,6 +80,26 @@ class ModuleTree:
 
     def _presence(self) -> list[list[str]]:
         return [[n for n, v in table.items() if v is not None] for table in self._state]
+
+    def note_tensors(self) -> None:
+        """Note which parameters and buffers there are now."""
+        self._own = {
+            id(value): (table, name, index)
+            for index, table in enumerate(self._state)
+            for name, value in table.items()
+        }
+
+    def among(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
+        """Which of the arguments are the model's own tensors, as far as noted; () if none is.
+
+        A graph that was captured with one of them reads both from one place.
+        """
+        found = []
+        for position, leaf in enumerate(leaves):
+            table, name, index = self._own.get(id(leaf), _NOT_OWN)
+            if table.get(name) is leaf:
+                found.append((position, index, name))
+        return tuple(found)
 
     def training(self) -> tuple[bool, ...]:
         """The training flag of every module."""

@@ -263,6 +263,44 @@ def test_what_is_tied_at_first_and_then_no_more_is_read_from_two_places(untie):
         assert torch.equal(parameter.grad, other.grad)
 
 
+class TakesWeights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("scale", torch.full((8,), 2.0))
+
+    def forward(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        return nn.functional.linear(x, weight) * scale + self.a(x) * self.scale
+
+
+def test_an_argument_that_is_the_models_own_tensor_does_not_stand_for_it_afterwards():
+    model, x = TakesWeights(), torch.randn(4, 8)
+    converted = mpgraph.convert(model, "bf16", policy="autocast-cpu", capture="export")
+    old = model.a.weight
+
+    def gradients(subject: nn.Module, weight: Tensor, scale: Tensor) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=subject is model):
+            result = subject(x, weight, scale)
+        given = [*model.parameters(), weight]
+        found = torch.autograd.grad(result.float().square().sum(), given, allow_unused=True)
+        return [result, *(torch.zeros(()) if g is None else g for g in found)]
+
+    def check(weight: Tensor, scale: Tensor) -> None:
+        pairs = zip(
+            gradients(converted, weight, scale), gradients(model, weight, scale), strict=True
+        )
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+    check(old, torch.ones(8))
+    check(model.b.weight, torch.ones(8))
+    check(old, model.scale)
+    check(model.b.weight, torch.full((8,), 3.0))
+    for subject in (model, converted):
+        subject.a.weight = nn.Parameter(torch.ones(8, 8)) if subject is model else model.a.weight
+    check(old, torch.ones(8))
+    check(model.a.weight, torch.ones(8))
+
+
 def test_properties_of_arguments_that_forward_may_ask_for_are_told_apart():
     model = Grows()
     converted = mpgraph.convert(copy.deepcopy(model), "bf16", policy="autocast-cpu")
