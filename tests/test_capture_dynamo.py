@@ -256,6 +256,33 @@ def test_a_custom_function_keeps_its_own_backward(make):
     assert break_lines(model) == ""
 
 
+class TwoResults(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.set_materialize_grads(False)
+        return x * 2, x + 1
+
+    @staticmethod
+    def backward(ctx: Any, first: Any, second: Any) -> torch.Tensor:
+        if first is None:
+            return second * 5
+        return first * 7 if second is None else first + second
+
+
+class UsesOneResult(TwoLayers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        doubled, _ = TwoResults.apply(self.first(x))
+        _, raised = TwoResults.apply(self.second(doubled))
+        return raised.sum()
+
+
+@pytest.mark.parametrize("capture", ["auto", "dynamo"])
+def test_a_function_that_asks_for_absent_gradients_gets_none(capture):
+    model = assert_trains_like_autocast(UsesOneResult, capture=capture)
+    assert "set_materialize_grads in a custom Function" in break_lines(model)
+    assert "aten.linear.default" in operators(model)
+
+
 def test_a_function_whose_apply_was_taken_early():
     # Traced as well by newer releases; left to eager mode by older ones.
     assert_trains_like_autocast(FunctionTakenEarly)

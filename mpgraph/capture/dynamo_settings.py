@@ -13,6 +13,7 @@ from torch._dynamo import exc
 from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.variables import (
+    AutogradFunctionContextVariable,
     TensorVariable,
     builder,
     functions,
@@ -55,6 +56,7 @@ def configured(device: str, limit: int, count: int) -> Iterator[None]:
         _breaks_where_tracing_fails(),
         _hooks_in_python(),
         _breaks_at_torchscript(),
+        _breaks_at_absent_gradients(),
         _quiet(),
     ):
         yield
@@ -165,6 +167,29 @@ def _breaks_at_torchscript() -> Iterator[None]:
         replaced(owner, "wrap_jit_function", wrap),
         replaced(owner, "wrap_module", wrap_any_module),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def _breaks_at_absent_gradients() -> Iterator[None]:
+    """Leave a custom Function to Python that asks for ``None`` where there is no gradient.
+
+    In Dynamo's graph its backward gets zeros there, and goes another way.
+    """
+    owner: Any = AutogradFunctionContextVariable
+    original = owner.call_method
+
+    def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+        if name == "__setattr__" and args[0].as_python_constant() == "materialize_grads":
+            exc.unimplemented(
+                gb_type="set_materialize_grads in a custom Function",
+                context=str(self),
+                explanation="its backward is to get None where there is no gradient",
+                hints=[],
+            )
+        return original(self, tx, name, args, kwargs)
+
+    with replaced(owner, "call_method", call_method):
         yield
 
 
