@@ -848,3 +848,35 @@ def test_threads_that_call_a_model_while_another_captures_it_read_its_parameters
     for result, wanted in zip(results, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(result, wanted, strict=True))
     assert all(isinstance(p, nn.Parameter) for p in converted.parameters())
+
+
+class WritesToTensors(nn.Module):
+    """Running sums in tensors that are no buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.plain = torch.zeros(WIDTH)
+        self.listed = [torch.zeros(WIDTH)]
+        self.holder = Holder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer(x)
+        self.plain.add_(1)
+        self.listed[0][2:].mul_(2).add_(1)
+        torch._foreach_add_([self.holder.scale], 3.0)
+        return hidden + self.plain + self.listed[0] + self.holder.scale
+
+
+@pytest.mark.parametrize("capture", ["export", "dynamo"])
+def test_a_trace_does_not_write_to_the_models_tensors(capture):
+    torch.manual_seed(0)
+    model, x = WritesToTensors(), torch.randn(4, WIDTH)
+    converted = mpgraph.convert(
+        copy.deepcopy(model), "bf16", policy="autocast-cpu", capture=capture
+    )
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = model(x)
+        assert torch.equal(converted(x), expected)
+    assert torch.equal(converted.plain, torch.full((WIDTH,), 3.0))

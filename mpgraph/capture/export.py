@@ -32,6 +32,7 @@ from mpgraph.capture.miscounts import refuse_miscounted
 from mpgraph.capture.modes import Marks
 from mpgraph.capture.threads import other_threads_untraced
 from mpgraph.capture.transforms import refuse_transforms
+from mpgraph.capture.writes import writes_taken_back
 from mpgraph.code_state import CodeState
 from mpgraph.plain import MODULE_STATE, tables_of
 from mpgraph.structure import Spec, flatten, leaf_names, opaque_values, same_leaves, unflatten
@@ -187,7 +188,13 @@ def capture_export(
 def _trace(
     plan: _Plan, autocast: contextlib.AbstractContextManager[Any]
 ) -> torch.export.ExportedProgram:
-    with _quiet(), torch.random.fork_rng(devices=[]), watch(), _same_containers(plan.model):
+    with (
+        writes_taken_back(),
+        _quiet(),
+        torch.random.fork_rng(devices=[]),
+        watch(),
+        _same_containers(plan.model),
+    ):
         with autocast, plan.marks.made(), other_threads_untraced():
             return _export(_FlatModule(plan), plan.call)
 

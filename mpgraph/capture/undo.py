@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpgraph.capture.held import held_by, held_by_code, held_in, put_back, snapshot
+from mpgraph.capture.writes import Writes
 from mpgraph.code_state import CodeState
 
 
@@ -100,49 +99,6 @@ class BeforeRun(Before):
         torch.set_rng_state(self._random_cpu)
         for device, state in self._random:
             torch.cuda.set_rng_state(state, device)
-
-
-class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Copies every tensor from before the block when an operator first writes to its memory."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._known: set[int] = set()  # memory that was made in the block, or has been copied
-        self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Look at what the operator writes and makes, and run it."""
-        given = {*_memories((args, kwargs))}
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            self._save(argument, value)
-        for argument in func._schema.arguments:
-            self._save(argument, (kwargs or {}).get(argument.name))
-        result = func(*args, **(kwargs or {}))
-        self._known.update(memory for memory in _memories(result) if memory not in given)
-        return result
-
-    def _save(self, argument: Any, value: Any) -> None:
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            return
-        for tensor in pytree.tree_leaves(value):
-            for memory in _memories(tensor):
-                if memory not in self._known:
-                    self._known.add(memory)
-                    whole = tensor.new_empty(0).set_(tensor.untyped_storage())
-                    self._saved.append((whole, whole.clone()))
-
-    def restore(self) -> None:
-        """Put back what was written over."""
-        for whole, value in self._saved:
-            whole.copy_(value)
-
-
-def _memories(values: Any) -> Iterator[int]:
-    for value in pytree.tree_leaves(values):
-        if isinstance(value, torch.Tensor) and value.layout is torch.strided:
-            yield value.untyped_storage()._cdata
 
 
 def _is_table(value: Any) -> bool:
