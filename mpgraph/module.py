@@ -350,7 +350,9 @@ class capturing:
 def _describe(leaf: Any) -> tuple[Any, ...]:
     if isinstance(leaf, torch.Tensor):
         gradient = (leaf.requires_grad, leaf.is_leaf)
-        return type(leaf), leaf.dtype, leaf.dim(), leaf.device, gradient, leaf.is_contiguous()
+        # Sparse tensors know no contiguity, and some refuse to be asked.
+        layout = leaf.is_contiguous() if leaf.layout is torch.strided else leaf.layout
+        return type(leaf), leaf.dtype, leaf.dim(), leaf.device, gradient, layout
     return (type(leaf),)
 
 

@@ -314,6 +314,32 @@ def test_properties_of_arguments_that_forward_may_ask_for_are_told_apart():
         assert torch.equal(converted(*arguments), want)
 
 
+class Propagates(nn.Module):
+    """A layer of a graph network; sparse products exist in float32 only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, adjacency: Tensor, x: Tensor) -> Tensor:
+        hidden = self.layer(x)
+        with torch.autocast("cpu", enabled=False):
+            if adjacency.layout is torch.strided:
+                return adjacency @ hidden.float() + 1
+            return torch.sparse.mm(adjacency, hidden.float())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+def test_sparse_and_dense_arguments_are_told_apart():
+    model, x = Propagates(), torch.randn(4, 8)
+    converted = mpgraph.convert(model, "bf16", policy="autocast-cpu")
+    for make in (Tensor.to_sparse_csr, Tensor.to_sparse_coo, Tensor.clone):
+        adjacency = make(torch.eye(4) * 3)
+        with torch.autocast("cpu", torch.bfloat16):
+            want = model(adjacency, x)
+        assert torch.equal(converted(adjacency, x), want)
+
+
 def test_a_shallow_copy_does_not_run_the_originals_weights():
     converted = mpgraph.convert(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), "bf16")
     x = torch.randn(4, 8)
