@@ -13,7 +13,8 @@ from torch import nn
 from mpgraph import ir
 from mpgraph.code_state import CodeState
 from mpgraph.errors import PrecisionError
-from mpgraph.plain import MODULE_STATE, PLAIN, tables_of
+from mpgraph.plain import GLOBAL_HOOKS, MODULE_STATE, PLAIN, tables_of
+from mpgraph.structure import Opaque
 
 _READ = (
     *PLAIN, torch.dtype, torch.device,
@@ -115,6 +116,7 @@ class ModuleTree:
         values = [table.get(key) for table, key in self._plain]
         values += [_frozen(table.get(key)) for table, key in self._lists]
         values += [isinstance(table.get(key), torch.Tensor) for table, key in self._tensors]
+        values += [Opaque(hook) for table in self._hooks for hook in table.values()]
         values += map(len, self._hooks)
         values += [
             (parameter := table.get(name)) is not None and parameter.requires_grad
@@ -138,6 +140,7 @@ class ModuleTree:
         self._lists = list(_places(owners, _is_plain_list))
         # The root's own hooks run around the graph, not in it.
         self._hooks = [vars(m)[name] for m in self.modules[1:] for name in _HOOKS]
+        self._hooks += GLOBAL_HOOKS
         self._values, self._version = [], -1
 
     def check_dtypes(self) -> None:

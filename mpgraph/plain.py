@@ -10,6 +10,11 @@ from torch import nn
 STATE = "_mpgraph"  # the attribute of a converted module that holds mpgraph's own state
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 MODULE_STATE = frozenset(vars(nn.Module())) | {STATE}
+# Hooks on every module there is: register_module_forward_hook and its like.
+GLOBAL_HOOKS: tuple[dict[int, Any], ...] = tuple(
+    getattr(nn.modules.module, f"_global_{kind}_hooks")
+    for kind in ("forward_pre", "forward", "backward_pre", "backward")
+)
 
 
 class Tables(NamedTuple):

@@ -880,3 +880,41 @@ def test_a_trace_does_not_write_to_the_models_tensors(capture):
             expected = model(x)
         assert torch.equal(converted(x), expected)
     assert torch.equal(converted.plain, torch.full((WIDTH,), 3.0))
+
+
+@pytest.mark.filterwarnings("ignore:mpgraph:UserWarning")
+@pytest.mark.parametrize("capture", ["auto", "dynamo"])
+def test_a_hook_that_keeps_what_it_sees_keeps_it_at_every_call(capture):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+    converted = mpgraph.convert(model, "bf16", policy="autocast-cpu", capture=capture)
+    kept: list[Tensor] = []
+    named: dict[str, Tensor] = {}
+    converted[0].register_forward_hook(lambda module, inputs, output: kept.append(output))
+    converted[1].register_forward_pre_hook(lambda module, inputs: named.update(last=inputs[0]))
+    for count in range(1, 4):
+        x = torch.randn(4, WIDTH)
+        converted(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = model[0](x)
+        assert len(kept) == count
+        assert torch.equal(kept[-1], expected)
+        assert torch.equal(named["last"], expected)
+
+
+def test_a_hook_on_every_module_and_one_in_the_place_of_another_are_seen_by_the_next_call():
+    model = mpgraph.convert(nn.Sequential(nn.Linear(WIDTH, WIDTH)), "fp32")
+    x = torch.randn(4, WIDTH)
+    first = model(x)
+    for factor in (2, 3):
+        hook = model[0].register_forward_hook(lambda m, i, output, f=factor: output * f)
+        assert torch.equal(model(x), factor * first)
+        hook.remove()
+    everywhere = nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: output * 5 if isinstance(module, nn.Linear) else None
+    )
+    try:
+        assert torch.equal(model(x), 5 * first)
+    finally:
+        everywhere.remove()
+    assert torch.equal(model(x), first)
