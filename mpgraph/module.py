@@ -292,11 +292,13 @@ class State:
 
     def _capture(self, model: nn.Module, leaves: list[Any], spec: Spec, entries: list[Any]) -> Any:
         from mpgraph.capture.engines import capture_call
+        from mpgraph.capture.saved import hidden_from_saved_tensors_hooks
 
         self._refuse_growth()
         if (parameter := next(model.parameters(), None)) is not None:
             self.scale.move(parameter.device)
-        return capture_call(self, model, leaves, spec, entries)
+        with hidden_from_saved_tensors_hooks():
+            return capture_call(self, model, leaves, spec, entries)
 
     def _refuse_growth(self) -> None:
         count, limit = len(self.specialisations()), self.settings.max_graphs

@@ -918,3 +918,17 @@ def test_a_hook_on_every_module_and_one_in_the_place_of_another_are_seen_by_the_
     finally:
         everywhere.remove()
     assert torch.equal(model(x), first)
+
+
+@pytest.mark.parametrize("capture", ["export", "dynamo"])
+def test_a_checkpoint_around_the_model_does_not_count_what_a_capture_saves(capture):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()), torch.randn(4, WIDTH)
+    converted = mpgraph.convert(model, "bf16", policy="autocast-cpu", capture=capture)
+    result = checkpoint(converted, x, use_reentrant=False)
+    got = torch.autograd.grad(result.float().sum(), model[0].weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+    assert torch.equal(result, expected)
+    wanted = torch.autograd.grad(expected.float().sum(), model[0].weight)
+    assert torch.equal(got[0], wanted[0])

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch._dynamo import config as dynamo_config
-from torch._dynamo import exc
+from torch._dynamo import convert_frame, exc
 from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.variables import (
@@ -23,6 +23,7 @@ from torch._dynamo.variables import (
 
 from mpgraph.capture import kept
 from mpgraph.capture.replaced import replaced
+from mpgraph.capture.saved import hidden_from_saved_tensors_hooks
 
 
 @contextlib.contextmanager
@@ -57,6 +58,7 @@ def configured(device: str, limit: int, count: int) -> Iterator[None]:
         _hooks_in_python(),
         _breaks_at_torchscript(),
         _breaks_at_absent_gradients(),
+        _compiled_unseen(),
         _quiet(),
     ):
         yield
@@ -190,6 +192,19 @@ def _breaks_at_absent_gradients() -> Iterator[None]:
         return original(self, tx, name, args, kwargs)
 
     with replaced(owner, "call_method", call_method):
+        yield
+
+
+@contextlib.contextmanager
+def _compiled_unseen() -> Iterator[None]:
+    """Compile, which may happen at any call, out of sight of hooks around the call."""
+    original = convert_frame._compile
+
+    def compile_frame(*args: Any, **kwargs: Any) -> Any:
+        with hidden_from_saved_tensors_hooks():
+            return original(*args, **kwargs)
+
+    with replaced(convert_frame, "_compile", compile_frame):
         yield
 
 
