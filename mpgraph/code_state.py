@@ -6,6 +6,7 @@ a list are part of a graph like any attribute: written into it when it is captur
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import types
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from mpgraph.plain import PLAIN
+from mpgraph.plain import GLOBAL_HOOKS, PLAIN
 
 _CONTAINERS = (list, dict, set)
 
@@ -26,7 +27,7 @@ class CodeState:
             dict.fromkeys(c for m in modules for c in type(m).__mro__ if _is_own(c))
         )
         self.tables = [vars(c) for c in self.classes]
-        functions = [f for c in self.classes for f in _functions(c)]
+        functions = [*_hooks(modules), *(f for c in self.classes for f in _functions(c))]
         names = {name for f in functions for name in _names(f.__code__)}
         # A table and a name in it; for a class, the class to set it on.
         self.places: list[tuple[Any, str, type | None]] = []
@@ -42,6 +43,7 @@ class CodeState:
             defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
             where = f"a default argument of {function.__qualname__}"
             self.containers += [(where, v) for v in defaults if isinstance(v, _CONTAINERS)]
+            self.containers += list(_enclosed(function))
 
     def _take(self, table: Any, owner: type | None, names: list[str], prefix: str) -> None:
         for name in names:
@@ -72,6 +74,25 @@ class CodeState:
                     setattr(owner, name, then)
                 else:
                     table[name] = then
+
+
+def _hooks(modules: list[nn.Module]) -> Iterator[types.FunctionType]:
+    """The functions that are hooked into the modules, and so a part of their forward."""
+    tables = [vars(m)[name] for m in modules for name in ("_forward_pre_hooks", "_forward_hooks")]
+    for table in (*tables, *GLOBAL_HOOKS):
+        for hook in table.values():
+            function = inspect.unwrap(getattr(hook, "__func__", hook))
+            if isinstance(function, types.FunctionType):
+                yield function
+
+
+def _enclosed(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """The containers that a function has in its closure."""
+    where = f"the closure of {function.__name__!r}"
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            if isinstance(cell.cell_contents, _CONTAINERS):
+                yield where, cell.cell_contents
 
 
 def _is_own(cls: type) -> bool:

@@ -62,7 +62,7 @@ def convert(
 
     Raises:
         PrecisionError: The precision is unknown, or does not fit the model's parameters; or the
-            model is already wrapped in DistributedDataParallel or its like.
+            model is already wrapped in DistributedDataParallel or its like, or is TorchScript.
         PolicyError: The policy cannot be read, or an override matches nothing.
         CaptureError: With ``example_inputs``: the call cannot be captured.
 
@@ -78,6 +78,7 @@ def convert(
     resolved = resolve_precision(precision, device)
     settings = Settings(resolved, Policy.coerce(policy), _known(capture), device, max_graphs)
     _check_parameters(module, resolved, masters)
+    _refuse_torchscript(module, changes=resolved.pure or masters == "create")
     if resolved.tf32:
         allow_tf32()
     result = module if inplace else copy_tree(module)
@@ -118,6 +119,18 @@ def _refuse_wrapped(model: nn.Module) -> None:
                     f"the model is already wrapped in {base.__name__}{where}. Convert first, then "
                     f"wrap: {base.__name__}(mpgraph.convert(model, ...))."
                 )
+
+
+def _refuse_torchscript(model: nn.Module, changes: bool) -> None:
+    """TorchScript has no class to convert; its parameters are the runtime's, not to be replaced."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and (changes or not path):
+            where = f" at {path!r}" if path else ""
+            raise PrecisionError(
+                f"found a TorchScript module{where}, whose code and parameters belong to its own "
+                "runtime. Convert the model before torch.jit.script or torch.jit.trace makes one "
+                "of it: the plain nn.Module that it was made from."
+            )
 
 
 def _device_of(model: nn.Module) -> str:
@@ -199,8 +212,10 @@ def _retyped(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _change_class(model: nn.Module, settings: Settings) -> None:
-    if isinstance(model, MixedPrecision):
+    if isinstance(model, MixedPrecision) and STATE in vars(model):
         state = state_of(model).again(settings)
+    elif isinstance(model, MixedPrecision):  # a slice of a converted Sequential
+        state = State(settings, type(model).__bases__[1], vars(model).pop("forward", None))
     else:
         state = State(settings, type(model), vars(model).pop("forward", None))
     vars(model)[STATE] = state

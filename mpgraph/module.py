@@ -32,7 +32,9 @@ from mpgraph.warn import warn
 from mpgraph.weights import WeightCopies
 
 _local = threading.local()
-_capture_lock = threading.RLock()
+# Tracing changes state of the whole process, and puts traced values in the place of a model's
+# parameters: meanwhile no other thread may read them.
+lock = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +93,10 @@ class Specialisation:
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run the graph on the flattened arguments; give the model's result."""
+        with lock:
+            values = self.gather(leaves)
         try:
-            outputs = self.run(*self.gather(leaves))
+            outputs = self.run(*values)
         except Exception as error:
             add_place(error, self.graph_module)
             raise
@@ -254,22 +258,33 @@ class State:
         return self._signature.bind(args, kwargs)
 
     def _find(self, model: nn.Module, leaves: list[Any], spec: Spec) -> Any:
+        with lock:
+            return self._find_or_capture(model, leaves, spec)
+
+    def _find_or_capture(self, model: nn.Module, leaves: list[Any], spec: Spec) -> Any:
         if self._tree is None or not self._tree.is_current(model):
             self._by_key.clear()
             self.dynamo = None
             self._tree = ModuleTree(model)
         if not self.settings.precision.pure:
             self._tree.check_dtypes()
-        key = self._key(model, leaves, spec)
-        entries = self._by_key.get(key, [])
-        for entry in entries:
-            if entry.accepts(leaves):
-                return entry
+        entry = self._captured(model, leaves, spec)
+        if entry is not None:
+            return entry
+        self._tree.note_tensors()  # some may have been replaced
+        entry = self._captured(model, leaves, spec)
+        if entry is not None:
+            return entry
+        entries = self._by_key.get(self._key(model, leaves, spec), [])
         entry = self._capture(model, leaves, spec, entries)
         # Anew, because a first call may have set something up, such as hooks.
         key = self._key(model, leaves, spec, guarded=entry.engine == "dynamo")
         self._by_key.setdefault(key, []).append(entry)
         return entry
+
+    def _captured(self, model: nn.Module, leaves: list[Any], spec: Spec) -> Any:
+        entries = self._by_key.get(self._key(model, leaves, spec), [])
+        return next((entry for entry in entries if entry.accepts(leaves)), None)
 
     def _key(
         self, model: nn.Module, leaves: list[Any], spec: Spec, *, guarded: bool = False
@@ -281,8 +296,10 @@ class State:
             spec,
             tuple([_describe(leaf) for leaf in leaves]),
             same_leaves(leaves),
+            self._tree.among(leaves),
             self._tree.training(),
             torch.is_grad_enabled(),
+            is_transformed(),
             None if guarded else self._tree.version(),
         )
 
@@ -295,12 +312,12 @@ class State:
 
     def _capture(self, model: nn.Module, leaves: list[Any], spec: Spec, entries: list[Any]) -> Any:
         from mpgraph.capture.engines import capture_call
+        from mpgraph.capture.saved import hidden_from_saved_tensors_hooks
 
         self._refuse_growth()
         if (parameter := next(model.parameters(), None)) is not None:
             self.scale.move(parameter.device)
-        # Tracing changes state of the whole process; one thread at a time.
-        with _capture_lock:
+        with hidden_from_saved_tensors_hooks():
             return capture_call(self, model, leaves, spec, entries)
 
     def _refuse_growth(self) -> None:
@@ -331,6 +348,11 @@ class State:
             warn(message)
 
 
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` (``vmap``, ``grad``, ``jvp``) is around the call."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def times(count: int) -> str:
     """``once``, ``twice``, ``3 times``."""
     return {1: "once", 2: "twice"}.get(count, f"{count} times")
@@ -350,7 +372,9 @@ class capturing:
 def _describe(leaf: Any) -> tuple[Any, ...]:
     if isinstance(leaf, torch.Tensor):
         gradient = (leaf.requires_grad, leaf.is_leaf)
-        return type(leaf), leaf.dtype, leaf.dim(), leaf.device, gradient, leaf.is_contiguous()
+        # Sparse tensors know no contiguity, and some refuse to be asked.
+        layout = leaf.is_contiguous() if leaf.layout is torch.strided else leaf.layout
+        return type(leaf), leaf.dtype, leaf.dim(), leaf.device, gradient, layout
     return (type(leaf),)
 
 

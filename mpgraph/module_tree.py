@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import nn
 from mpgraph import ir
 from mpgraph.code_state import CodeState
 from mpgraph.errors import PrecisionError
-from mpgraph.plain import MODULE_STATE, PLAIN
+from mpgraph.plain import GLOBAL_HOOKS, MODULE_STATE, PLAIN, tables_of
+from mpgraph.structure import Opaque
 
 _READ = (
     *PLAIN, torch.dtype, torch.device,
@@ -25,6 +26,7 @@ _HALVES = frozenset({torch.bfloat16, torch.float16})
 _VALUES = operator.methodcaller("values")
 # How far into plain objects (a model's config, and the configs inside it) attributes are read.
 _DEPTH = 2
+_NOT_OWN: tuple[dict[str, Any], str, int] = {}, "", -1
 
 
 class ModuleTree:
@@ -36,15 +38,20 @@ class ModuleTree:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(model.modules())
-        self._child_tables = [m._modules for m in self.modules]
+        tables = {m: tables_of(m) for m in self.modules}
+        self._child_tables = [tables[m].modules for m in self.modules]
         self._children = self._child_lists()
         self._parameters = [
-            (m._parameters, name, path)
+            (tables[m].parameters, name, path)
             for path, m in model.named_modules()
-            for name in m._parameters
+            for name in tables[m].parameters
         ]
-        self._state = [table for m in self.modules for table in (m._parameters, m._buffers)]
+        self._state = [
+            table for m in self.modules for table in (tables[m].parameters, tables[m].buffers)
+        ]
         self._present, self._entries = self._presence(), self._entries_now()
+        self._ties = list(_ties(self._state))
+        self.note_tensors()
         self._versions: dict[Any, int] = {}
         self._values: list[Any] = []
         self._version = -1
@@ -62,7 +69,7 @@ class ModuleTree:
             if self._presence() != self._present:
                 return False
             self._entries = entries
-        return True
+        return all(table.get(name) is other.get(alias) for table, name, other, alias in self._ties)
 
     def _child_lists(self) -> list[list[Any]]:
         return [*map(list, map(_VALUES, self._child_tables))]
@@ -74,6 +81,26 @@ class ModuleTree:
 
     def _presence(self) -> list[list[str]]:
         return [[n for n, v in table.items() if v is not None] for table in self._state]
+
+    def note_tensors(self) -> None:
+        """Note which parameters and buffers there are now."""
+        self._own = {
+            id(value): (table, name, index)
+            for index, table in enumerate(self._state)
+            for name, value in table.items()
+        }
+
+    def among(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
+        """Which of the arguments are the model's own tensors, as far as noted; () if none is.
+
+        A graph that was captured with one of them reads both from one place.
+        """
+        found = []
+        for position, leaf in enumerate(leaves):
+            table, name, index = self._own.get(id(leaf), _NOT_OWN)
+            if table.get(name) is leaf:
+                found.append((position, index, name))
+        return tuple(found)
 
     def training(self) -> tuple[bool, ...]:
         """The training flag of every module."""
@@ -89,6 +116,7 @@ class ModuleTree:
         values = [table.get(key) for table, key in self._plain]
         values += [_frozen(table.get(key)) for table, key in self._lists]
         values += [isinstance(table.get(key), torch.Tensor) for table, key in self._tensors]
+        values += [Opaque(hook) for table in self._hooks for hook in table.values()]
         values += map(len, self._hooks)
         values += [
             (parameter := table.get(name)) is not None and parameter.requires_grad
@@ -112,6 +140,7 @@ class ModuleTree:
         self._lists = list(_places(owners, _is_plain_list))
         # The root's own hooks run around the graph, not in it.
         self._hooks = [vars(m)[name] for m in self.modules[1:] for name in _HOOKS]
+        self._hooks += GLOBAL_HOOKS
         self._values, self._version = [], -1
 
     def check_dtypes(self) -> None:
@@ -129,6 +158,16 @@ class ModuleTree:
                     "move the model without changing its dtype (load_state_dict without "
                     "assign=True keeps float32)."
                 )
+
+
+def _ties(tables: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str, Any, str]]:
+    """The places that hold what an earlier one holds: tied weights, which a graph reads once."""
+    first: dict[int, tuple[dict[str, Any], str]] = {}
+    for table in tables:
+        for name, value in table.items():
+            if value is not None and id(value) in first:
+                yield table, name, *first[id(value)]
+            first.setdefault(id(value), (table, name))
 
 
 def _tables_of(modules: list[nn.Module]) -> Iterator[dict[str, Any]]:

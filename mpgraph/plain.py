@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
 from torch import nn
 
 STATE = "_mpgraph"  # the attribute of a converted module that holds mpgraph's own state
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 MODULE_STATE = frozenset(vars(nn.Module())) | {STATE}
+# Hooks on every module there is: register_module_forward_hook and its like.
+GLOBAL_HOOKS: tuple[dict[int, Any], ...] = tuple(
+    getattr(nn.modules.module, f"_global_{kind}_hooks")
+    for kind in ("forward_pre", "forward", "backward_pre", "backward")
+)
+
+
+class Tables(NamedTuple):
+    """A module's own tables."""
+
+    modules: dict[str, Any]
+    parameters: dict[str, Any]
+    buffers: dict[str, Any]
+
+
+def tables_of(module: nn.Module) -> Tables:
+    """The tables of a module; copies of those that TorchScript keeps for itself."""
+    tables = Tables(module._modules, module._parameters, module._buffers)
+    if isinstance(module, torch.jit.ScriptModule):
+        return Tables(*[dict(table.items()) for table in tables])
+    return tables

@@ -61,26 +61,28 @@ class WeightCopies:
         are_kept = parameters[0].dtype is not dtype and all([p.is_cpu for p in parameters])
         if torch.is_inference_mode_enabled() or not are_kept:
             return copy_all(parameters, dtype, scale)
-        stale = {id(p): p for p in parameters}
-        if self._copies:
-            stale = {id(p): p for p in parameters if not self._is_kept(p, dtype, scale)}
+        # Not read from the table at the end: another thread's optimizer may have emptied it.
+        found = {id(p): self._kept(p, dtype, scale) for p in parameters}
+        stale = {id(p): p for p in parameters if found[id(p)] is None}
         if stale:
             made = copy_all([*stale.values()], dtype, scale)
             for p, copy in zip(stale.values(), made, strict=True):
                 self._copies[id(p), dtype] = (p, _state(p), copy, scale)
-        return [self._copies[id(p), dtype][2] for p in parameters]
+                found[id(p)] = copy
+        return [found[id(p)] for p in parameters]
 
-    def _is_kept(
-        self, parameter: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None
-    ) -> bool:
+    def _kept(self, parameter: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> Any:
+        """The copy from before, or None if the parameter is another now."""
         kept = self._copies.get((id(parameter), dtype))
-        return (
+        if (
             kept is not None
             and kept[0] is parameter
             and kept[1] == _state(parameter)
             and kept[3] is scale
             and torch.equal(_sample(parameter).to(dtype), _sample(kept[2]))
-        )
+        ):
+            return kept[2]
+        return None
 
     def clear(self) -> None:
         """Forget every copy."""

@@ -256,6 +256,33 @@ def test_a_custom_function_keeps_its_own_backward(make):
     assert break_lines(model) == ""
 
 
+class TwoResults(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.set_materialize_grads(False)
+        return x * 2, x + 1
+
+    @staticmethod
+    def backward(ctx: Any, first: Any, second: Any) -> torch.Tensor:
+        if first is None:
+            return second * 5
+        return first * 7 if second is None else first + second
+
+
+class UsesOneResult(TwoLayers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        doubled, _ = TwoResults.apply(self.first(x))
+        _, raised = TwoResults.apply(self.second(doubled))
+        return raised.sum()
+
+
+@pytest.mark.parametrize("capture", ["auto", "dynamo"])
+def test_a_function_that_asks_for_absent_gradients_gets_none(capture):
+    model = assert_trains_like_autocast(UsesOneResult, capture=capture)
+    assert "set_materialize_grads in a custom Function" in break_lines(model)
+    assert "aten.linear.default" in operators(model)
+
+
 def test_a_function_whose_apply_was_taken_early():
     # Traced as well by newer releases; left to eager mode by older ones.
     assert_trains_like_autocast(FunctionTakenEarly)
@@ -996,6 +1023,37 @@ def test_asking_whether_an_error_is_the_models_own_leaves_no_trace(monkeypatch):
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1] == random.getstate()
     assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
+
+
+def test_asking_so_leaves_every_tensor_as_it_was(monkeypatch):
+    class Writes(TwoLayers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.listed = [torch.zeros(8)]
+            self.unit = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.unit.data.add_(1)
+            self.listed[0][2:].add_(1)
+            self.second.bias.data = self.second.bias.data + 1
+            with torch.no_grad():
+                self.first.weight[0] = 0
+                torch._foreach_mul_([self.first.bias, self.second.weight], 2)
+            self.unit.grad = torch.ones(8)
+            self.first.requires_grad_(False)
+            return self.second(self.first(x)) * self.unit
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("an export that fails in a new way")
+
+    monkeypatch.setattr(engines, "capture_export", fail)
+    model = mpgraph.convert(Writes(), "bf16", capture="export")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CaptureError, match="an export that fails in a new way"):
+        model(torch.ones(4, 8))
+    assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
+    assert torch.equal(model.listed[0], torch.zeros(8))
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 def test_after_an_exception_of_the_model_the_graphs_run_again():

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -612,6 +613,53 @@ def test_the_gradient_of_a_parameter_in_a_list_is_that_of_autocast():
     assert torch.equal(model.stray[0].grad, want)
 
 
+def swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+class Scripted(nn.Module):
+    """TorchScript widens the product by itself, because autocast is on; plain torch would not."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        made: dict[str, Callable[[], Any]] = {
+            "function": lambda: torch.jit.script(swish),
+            "module": lambda: torch.jit.script(nn.Linear(WIDTH, WIDTH)),
+            "traced": lambda: torch.jit.trace(nn.Linear(WIDTH, WIDTH), torch.ones(1, WIDTH)),
+        }
+        self.part = made[part]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer(x)
+        return self.part(hidden)
+
+
+def loss_and_gradient(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    result = model(x)
+    (gradient,) = torch.autograd.grad(result.float().sum(), model.layer.weight)
+    return result, gradient
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("part", ["function", "module", "traced"])
+def test_torchscript_runs_in_its_own_runtime(part):
+    torch.manual_seed(0)
+    model, x = Scripted(part), torch.randn(4, WIDTH)
+    with pytest.raises(CaptureError, match="what TorchScript casts"):
+        mpgraph.convert(model, "bf16", capture="export")(x)
+    for _ in range(4):  # the runtime makes other kernels of a function that it has seen run
+        with torch.autocast("cpu", torch.bfloat16):
+            expected, wanted = loss_and_gradient(model, x)
+    converted = mpgraph.convert(model, "bf16", policy="autocast-cpu")
+    with pytest.warns(UserWarning, match="what TorchScript casts"):
+        result, gradient = loss_and_gradient(converted, x)
+    assert result.dtype is expected.dtype
+    assert torch.equal(result, expected)
+    assert torch.equal(gradient, wanted)
+    assert "linear" in mpgraph.text(converted)
+
+
 @pytest.mark.parametrize("capture", ["export", "dynamo"])
 def test_a_hook_that_is_added_or_removed_is_seen_by_the_next_call(capture):
     model = mpgraph.convert(nn.Sequential(nn.Linear(WIDTH, WIDTH)), "fp32", capture=capture)
@@ -738,3 +786,149 @@ def test_a_global_table_with_methods_of_its_own_is_neither_called_nor_changed(fa
         model(torch.randn(2, 8))
     assert dict(dict.items(ACTIVATIONS)) == before
     assert list(ACTIVATIONS) == list(before)
+
+
+def per_sample_gradients(model: nn.Module, x: Tensor, autocast: bool) -> dict[str, Tensor]:
+    """As torch's tutorial does it: ``vmap`` of ``grad`` of a call with other parameters."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            result = torch.func.functional_call(model, parameters, (row.unsqueeze(0),))
+        return result.float().square().sum()
+
+    return torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+
+
+def test_a_function_transform_around_the_model_runs_it_in_eager_mode():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()), torch.randn(4, WIDTH)
+    expected = per_sample_gradients(model, x, autocast=True)
+    converted = mpgraph.convert(model, "bf16", policy="autocast-cpu")
+    with pytest.warns(UserWarning, match=r"around the call: such calls run in eager mode"):
+        result = per_sample_gradients(converted, x, autocast=False)
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
+    converted(x)
+    assert "linear" in mpgraph.text(converted), "other calls have a graph as before"
+    torch.func.vmap(converted)(x)
+    with pytest.raises(CaptureError, match=r"a function transform such as torch.func.vmap"):
+        torch.func.vmap(mpgraph.convert(model, "bf16", capture="export"))(x)
+
+
+class Branches(nn.Module):
+    """Three ways: two by size, which export takes apart, and one by data, for Dynamo."""
+
+    def __init__(self, on_data: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.on_data = on_data
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) % 2 or (self.on_data and x.sum() > 0):
+            return self.b(self.a(x))
+        return self.a(self.b(x))
+
+
+def gradients_of(model: nn.Module, x: Tensor) -> list[Tensor]:
+    loss = model(x).float().square().sum()
+    return [*torch.autograd.grad(loss, list(model.parameters()))]
+
+
+@pytest.mark.parametrize("on_data", [False, True])
+def test_threads_that_call_a_model_while_another_captures_it_read_its_parameters(on_data):
+    torch.manual_seed(0)
+    model = Branches(on_data)
+    inputs = [torch.randn(2 + i % 3, WIDTH) for i in range(8)]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = [gradients_of(model, x) for x in inputs]
+    converted = mpgraph.convert(model, "bf16", policy="autocast-cpu")
+    with warnings.catch_warnings(), ThreadPoolExecutor(4) as threads:
+        warnings.simplefilter("ignore")
+        results = list(threads.map(lambda x: gradients_of(converted, x), inputs))
+    for result, wanted in zip(results, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(result, wanted, strict=True))
+    assert all(isinstance(p, nn.Parameter) for p in converted.parameters())
+
+
+class WritesToTensors(nn.Module):
+    """Running sums in tensors that are no buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.plain = torch.zeros(WIDTH)
+        self.listed = [torch.zeros(WIDTH)]
+        self.holder = Holder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer(x)
+        self.plain.add_(1)
+        self.listed[0][2:].mul_(2).add_(1)
+        torch._foreach_add_([self.holder.scale], 3.0)
+        return hidden + self.plain + self.listed[0] + self.holder.scale
+
+
+@pytest.mark.parametrize("capture", ["export", "dynamo"])
+def test_a_trace_does_not_write_to_the_models_tensors(capture):
+    torch.manual_seed(0)
+    model, x = WritesToTensors(), torch.randn(4, WIDTH)
+    converted = mpgraph.convert(
+        copy.deepcopy(model), "bf16", policy="autocast-cpu", capture=capture
+    )
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = model(x)
+        assert torch.equal(converted(x), expected)
+    assert torch.equal(converted.plain, torch.full((WIDTH,), 3.0))
+
+
+@pytest.mark.filterwarnings("ignore:mpgraph:UserWarning")
+@pytest.mark.parametrize("capture", ["auto", "dynamo"])
+def test_a_hook_that_keeps_what_it_sees_keeps_it_at_every_call(capture):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+    converted = mpgraph.convert(model, "bf16", policy="autocast-cpu", capture=capture)
+    kept: list[Tensor] = []
+    named: dict[str, Tensor] = {}
+    converted[0].register_forward_hook(lambda module, inputs, output: kept.append(output))
+    converted[1].register_forward_pre_hook(lambda module, inputs: named.update(last=inputs[0]))
+    for count in range(1, 4):
+        x = torch.randn(4, WIDTH)
+        converted(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = model[0](x)
+        assert len(kept) == count
+        assert torch.equal(kept[-1], expected)
+        assert torch.equal(named["last"], expected)
+
+
+def test_a_hook_on_every_module_and_one_in_the_place_of_another_are_seen_by_the_next_call():
+    model = mpgraph.convert(nn.Sequential(nn.Linear(WIDTH, WIDTH)), "fp32")
+    x = torch.randn(4, WIDTH)
+    first = model(x)
+    for factor in (2, 3):
+        hook = model[0].register_forward_hook(lambda m, i, output, f=factor: output * f)
+        assert torch.equal(model(x), factor * first)
+        hook.remove()
+    everywhere = nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: output * 5 if isinstance(module, nn.Linear) else None
+    )
+    try:
+        assert torch.equal(model(x), 5 * first)
+    finally:
+        everywhere.remove()
+    assert torch.equal(model(x), first)
+
+
+@pytest.mark.parametrize("capture", ["export", "dynamo"])
+def test_a_checkpoint_around_the_model_does_not_count_what_a_capture_saves(capture):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()), torch.randn(4, WIDTH)
+    converted = mpgraph.convert(model, "bf16", policy="autocast-cpu", capture=capture)
+    result = checkpoint(converted, x, use_reentrant=False)
+    got = torch.autograd.grad(result.float().sum(), model[0].weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+    assert torch.equal(result, expected)
+    wanted = torch.autograd.grad(expected.float().sum(), model[0].weight)
+    assert torch.equal(got[0], wanted[0])

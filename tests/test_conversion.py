@@ -299,6 +299,16 @@ def test_converting_again_starts_from_the_original_class():
     assert torch.equal(again(x), model.eval()(x))
 
 
+def test_a_slice_of_a_converted_sequential_asks_to_be_converted_and_can_be():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    part = mpgraph.convert(model, "bf16")[:2]
+    with pytest.raises(mpgraph.MPGraphError, match="Convert it first"):
+        part(torch.ones(2, 8))
+    converted = mpgraph.convert(part, "bf16")
+    assert type(converted).__bases__[1] is nn.Sequential
+    assert converted(torch.ones(2, 8)).dtype is torch.bfloat16
+
+
 def test_a_graph_module_and_an_exported_program_can_be_converted():
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(4, 8)
     want = eager(model, x)
@@ -418,6 +428,16 @@ def test_a_model_without_floating_parameters_is_refused():
 def test_a_meta_model_is_refused():
     with pytest.raises(mpgraph.PrecisionError, match="meta device"):
         mpgraph.convert(Net().to("meta"), "bf16")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_torchscript_module_is_refused_where_it_would_have_to_change():
+    scripted = torch.jit.script(nn.Linear(8, 8))
+    with pytest.raises(mpgraph.PrecisionError, match="TorchScript module, whose code"):
+        mpgraph.convert(scripted, "bf16")
+    with pytest.raises(mpgraph.PrecisionError, match="TorchScript module at '1'"):
+        mpgraph.convert(nn.Sequential(nn.Linear(8, 8), scripted), "bf16-true")
+    assert scripted.weight.dtype is torch.float32
 
 
 def test_a_function_is_refused():

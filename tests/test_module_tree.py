@@ -226,6 +226,81 @@ def test_a_change_of_structure_is_seen_by_the_next_call(change: Callable[[Any], 
         assert all(p.grad is not None for p in converted.parameters())
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(8, 8), nn.Linear(8, 8, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("mean", torch.ones(8))
+        self.register_buffer("shift", self.mean)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embed(tokens) * self.mean) + self.shift
+
+
+def untie_weights(model: Any) -> None:
+    model.head.weight = nn.Parameter(torch.ones(8, 8))
+
+
+def untie_buffers(model: Any) -> None:
+    model.shift = torch.zeros(8)
+
+
+@pytest.mark.parametrize("untie", [untie_weights, untie_buffers])
+def test_what_is_tied_at_first_and_then_no_more_is_read_from_two_places(untie):
+    model, tokens = Tied(), torch.arange(8)
+    converted = mpgraph.convert(copy.deepcopy(model), "bf16", policy="autocast-cpu")
+    converted(tokens)
+    for subject in (model, converted):
+        untie(subject)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model(tokens)
+    got = converted(tokens)
+    assert torch.equal(got, want)
+    got.sum().backward()
+    want.sum().backward()
+    for parameter, other in zip(converted.parameters(), model.parameters(), strict=True):
+        assert torch.equal(parameter.grad, other.grad)
+
+
+class TakesWeights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("scale", torch.full((8,), 2.0))
+
+    def forward(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        return nn.functional.linear(x, weight) * scale + self.a(x) * self.scale
+
+
+def test_an_argument_that_is_the_models_own_tensor_does_not_stand_for_it_afterwards():
+    model, x = TakesWeights(), torch.randn(4, 8)
+    converted = mpgraph.convert(model, "bf16", policy="autocast-cpu", capture="export")
+    old = model.a.weight
+
+    def gradients(subject: nn.Module, weight: Tensor, scale: Tensor) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=subject is model):
+            result = subject(x, weight, scale)
+        given = [*model.parameters(), weight]
+        found = torch.autograd.grad(result.float().square().sum(), given, allow_unused=True)
+        return [result, *(torch.zeros(()) if g is None else g for g in found)]
+
+    def check(weight: Tensor, scale: Tensor) -> None:
+        pairs = zip(
+            gradients(converted, weight, scale), gradients(model, weight, scale), strict=True
+        )
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+    check(old, torch.ones(8))
+    check(model.b.weight, torch.ones(8))
+    check(old, model.scale)
+    check(model.b.weight, torch.full((8,), 3.0))
+    for subject in (model, converted):
+        subject.a.weight = nn.Parameter(torch.ones(8, 8)) if subject is model else model.a.weight
+    check(old, torch.ones(8))
+    check(model.a.weight, torch.ones(8))
+
+
 def test_properties_of_arguments_that_forward_may_ask_for_are_told_apart():
     model = Grows()
     converted = mpgraph.convert(copy.deepcopy(model), "bf16", policy="autocast-cpu")
@@ -237,6 +312,32 @@ def test_properties_of_arguments_that_forward_may_ask_for_are_told_apart():
         with torch.autocast("cpu", torch.bfloat16):
             want = model(*arguments)
         assert torch.equal(converted(*arguments), want)
+
+
+class Propagates(nn.Module):
+    """A layer of a graph network; sparse products exist in float32 only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, adjacency: Tensor, x: Tensor) -> Tensor:
+        hidden = self.layer(x)
+        with torch.autocast("cpu", enabled=False):
+            if adjacency.layout is torch.strided:
+                return adjacency @ hidden.float() + 1
+            return torch.sparse.mm(adjacency, hidden.float())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+def test_sparse_and_dense_arguments_are_told_apart():
+    model, x = Propagates(), torch.randn(4, 8)
+    converted = mpgraph.convert(model, "bf16", policy="autocast-cpu")
+    for make in (Tensor.to_sparse_csr, Tensor.to_sparse_coo, Tensor.clone):
+        adjacency = make(torch.eye(4) * 3)
+        with torch.autocast("cpu", torch.bfloat16):
+            want = model(adjacency, x)
+        assert torch.equal(converted(adjacency, x), want)
 
 
 def test_a_shallow_copy_does_not_run_the_originals_weights():

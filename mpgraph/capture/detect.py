@@ -65,6 +65,9 @@ def watch() -> Iterator[None]:
         stack.enter_context(_watch_functions())
         for owner, name, what in _HOOKED:
             stack.enter_context(replaced(owner, name, _refusal(what, getattr(owner, name))))
+        for script in (torch._C.ScriptFunction, torch._C.ScriptMethod):
+            what = "what TorchScript casts and optimises by itself"
+            stack.enter_context(replaced(script, "__call__", _refusal(what, script.__call__)))
         stack.enter_context(_watch_nodes())
         stack.enter_context(_watch_saved_tensors())
         stack.enter_context(_watch_dispatch_modes())

@@ -28,7 +28,7 @@ from mpgraph.capture.miscounts import refuse_miscounts
 from mpgraph.capture.own_error import note_line, raise_own_error
 from mpgraph.capture.paths import label_placeholders
 from mpgraph.errors import CaptureError, MPGraphError, PolicyError
-from mpgraph.module import State, capturing
+from mpgraph.module import State, capturing, is_transformed, lock
 from mpgraph.pipeline import PassContext, PassReport
 from mpgraph.structure import flatten
 
@@ -120,7 +120,9 @@ class DynamoEngine:
         """Run one call; compile what has not been compiled."""
         call = Call(self.state.weights, self.state.scale)
         try:
-            result = self._call(call, entry, model, args, kwargs)
+            # Dynamo's settings are the whole process's, and its graphs read the model as they run.
+            with lock:
+                result = self._call(call, entry, model, args, kwargs)
         except Exception as error:
             _forgive(error)
             entry.failed = _mode(model) not in self.modes
@@ -130,7 +132,8 @@ class DynamoEngine:
                 raise
             failure = error
         else:
-            self.modes.add(_mode(model))
+            if not is_transformed():
+                self.modes.add(_mode(model))
             self._announce(entry, call)
             return result
         # Not inside the handler: Dynamo's error would be printed as the cause of the model's own.
@@ -181,7 +184,7 @@ class DynamoEngine:
             self._say_what_matched_nothing(entry)
             if entry.notice:
                 self.state.say(entry.notice)
-        if not call.ran:
+        if not call.ran and not is_transformed():
             said = "; ".join(f"{b.reason} ({b.line})" for b in entry.breaks)
             self.state.say(
                 "Dynamo compiled nothing of a call, so all of it ran in eager mode under "
@@ -254,6 +257,8 @@ def make_entry(
         reason, line = describe(error)
         entry.reason = f"{reason} ({line})" if line else reason
         entry.notice = _notice(type(model), entry.reason)
+        if is_transformed():
+            entry.notice = f"{entry.reason}: such calls run in eager mode under torch.autocast."
     return entry
 
 

@@ -10,19 +10,22 @@ from typing import Any
 
 import torch
 from torch._dynamo import config as dynamo_config
-from torch._dynamo import exc
+from torch._dynamo import convert_frame, exc
 from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.variables import (
+    AutogradFunctionContextVariable,
     ConstantVariable,
     TensorVariable,
     builder,
+    functions,
     higher_order_ops,
     tensor,
 )
 
 from mpgraph.capture import kept
 from mpgraph.capture.replaced import replaced
+from mpgraph.capture.saved import hidden_from_saved_tensors_hooks
 
 
 @contextlib.contextmanager
@@ -56,6 +59,9 @@ def configured(device: str, limit: int, count: int) -> Iterator[None]:
         _breaks_where_tracing_fails(),
         _hooks_in_python(),
         _numpy_numbers_as_pythons(),
+        _breaks_at_torchscript(),
+        _breaks_at_absent_gradients(),
+        _compiled_unseen(),
         _quiet(),
     ):
         yield
@@ -167,6 +173,69 @@ def _numpy_numbers_as_pythons() -> Iterator[None]:
         return ConstantVariable.create(number, source=self.source)
 
     with replaced(owner, "_wrap", _wrap):
+        yield
+
+
+@contextlib.contextmanager
+def _breaks_at_torchscript() -> Iterator[None]:
+    """Leave TorchScript to its own runtime, which casts by rules of its own, call by call.
+
+    Dynamo would trace the Python that a scripted function was made from, as if nobody had; and
+    leave all of a function that calls a scripted module to eager mode.
+    """
+
+    def wrap(self: Any, value: Any) -> Any:
+        self.install_guards(GuardBuilder.TYPE_MATCH)
+        reason = f"{type(value).__name__} runs in the TorchScript runtime"
+        return functions.SkipFunctionVariable(value, reason, source=self.source)
+
+    owner = builder.VariableBuilder
+    wrap_module = owner.wrap_module
+
+    def wrap_any_module(self: Any, value: Any) -> Any:
+        is_script = isinstance(value, torch.jit.ScriptModule)
+        return wrap(self, value) if is_script else wrap_module(self, value)
+
+    with (
+        replaced(owner, "wrap_jit_function", wrap),
+        replaced(owner, "wrap_module", wrap_any_module),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _breaks_at_absent_gradients() -> Iterator[None]:
+    """Leave a custom Function to Python that asks for ``None`` where there is no gradient.
+
+    In Dynamo's graph its backward gets zeros there, and goes another way.
+    """
+    owner: Any = AutogradFunctionContextVariable
+    original = owner.call_method
+
+    def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+        if name == "__setattr__" and args[0].as_python_constant() == "materialize_grads":
+            exc.unimplemented(
+                gb_type="set_materialize_grads in a custom Function",
+                context=str(self),
+                explanation="its backward is to get None where there is no gradient",
+                hints=[],
+            )
+        return original(self, tx, name, args, kwargs)
+
+    with replaced(owner, "call_method", call_method):
+        yield
+
+
+@contextlib.contextmanager
+def _compiled_unseen() -> Iterator[None]:
+    """Compile, which may happen at any call, out of sight of hooks around the call."""
+    original = convert_frame._compile
+
+    def compile_frame(*args: Any, **kwargs: Any) -> Any:
+        with hidden_from_saved_tensors_hooks():
+            return original(*args, **kwargs)
+
+    with replaced(convert_frame, "_compile", compile_frame):
         yield
 
 

@@ -19,7 +19,13 @@ from mpgraph.capture.own_error import raise_own_error
 from mpgraph.capture.reasons import plain_reason
 from mpgraph.capture.undo import undone_on_failure
 from mpgraph.errors import MPGraphError
-from mpgraph.module import Specialisation, State, capturing, make_specialisation
+from mpgraph.module import (
+    Specialisation,
+    State,
+    capturing,
+    is_transformed,
+    make_specialisation,
+)
 from mpgraph.passes import DEFAULT_PASSES
 from mpgraph.pipeline import PassContext, PassReport, run_passes
 from mpgraph.precision import logger
@@ -43,9 +49,14 @@ def capture_call(
     label = _label(model, leaves, names)
     shapes = [leaf.shape for leaf in leaves]
     earlier[:] = [entry for entry in earlier if not getattr(entry, "failed", False)]
+    failure: BaseException
+    if is_transformed():
+        failure = NeedsDynamo("a function transform such as torch.func.vmap is around the call")
+        if state.settings.capture == "export":
+            raise refusal(failure)
+        return make_entry(state, model, context, label, shapes, failure)
     if state.settings.capture == "dynamo" or is_carried(state, model):
         return make_entry(state, model, context, label, shapes)
-    failure: BaseException
     try:
         captured, reports = _capture_export(state, model, leaves, spec, names, earlier, context)
     except MPGraphError:

@@ -30,9 +30,11 @@ from mpgraph.capture.detect import NeedsDynamo, watch
 from mpgraph.capture.held import Held, held_by, held_by_code, held_in
 from mpgraph.capture.miscounts import refuse_miscounted
 from mpgraph.capture.modes import Marks
+from mpgraph.capture.threads import other_threads_untraced
 from mpgraph.capture.transforms import refuse_transforms
+from mpgraph.capture.writes import writes_taken_back
 from mpgraph.code_state import CodeState
-from mpgraph.plain import MODULE_STATE
+from mpgraph.plain import MODULE_STATE, tables_of
 from mpgraph.structure import Spec, flatten, leaf_names, opaque_values, same_leaves, unflatten
 
 Forward = Callable[..., Any]
@@ -186,8 +188,14 @@ def capture_export(
 def _trace(
     plan: _Plan, autocast: contextlib.AbstractContextManager[Any]
 ) -> torch.export.ExportedProgram:
-    with _quiet(), torch.random.fork_rng(devices=[]), watch(), _same_containers(plan.model):
-        with autocast, plan.marks.made():
+    with (
+        writes_taken_back(),
+        _quiet(),
+        torch.random.fork_rng(devices=[]),
+        watch(),
+        _same_containers(plan.model),
+    ):
+        with autocast, plan.marks.made(), other_threads_untraced():
             return _export(_FlatModule(plan), plan.call)
 
 
@@ -291,7 +299,7 @@ def _attribute_changes(plan: _Plan) -> Iterator[dict[tuple[str, str, bool], Any]
     yield changes
     for path, module in model.named_modules():
         old_buffers, old_attributes = before.get(path, ({}, {}))
-        changes.update(_restore(path, module._buffers, old_buffers, True))
+        changes.update(_restore(path, tables_of(module).buffers, old_buffers, True))
         changes.update(_restore(path, vars(module), old_attributes, False))
     for item in held:
         if item.has_other_plain_values():
@@ -310,7 +318,7 @@ def _changes(path: str) -> str:
 
 def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     attributes = {k: v for k, v in vars(module).items() if k not in MODULE_STATE}
-    return dict(module._buffers), attributes
+    return dict(tables_of(module).buffers), attributes
 
 
 # What torch.nn.RNNBase remembers of its parameters; it renews this at every call.

@@ -28,18 +28,32 @@ def raise_own_error(
     What the call has done until then stays done, as in eager mode. If it raises nothing, it leaves
     nothing behind: the model is put back, and its arguments are copies.
     """
-    # What was one tensor for the caller is one here.
-    copies = {id(leaf): _copy(leaf) for leaf in leaves}
-    args, kwargs = unflatten(spec, [copies[id(leaf)] for leaf in leaves])
-    forward = state.original_forward()
     before = BeforeRun(model, opaque_values(spec))
     try:
-        with capturing(), context.autocast():
-            forward(model, *args, **kwargs)
+        with before.writes:
+            _run(state, model, leaves, spec, context)
+    except Exception:
+        # Once more, with nothing looking on: torch.cond, which compiles, minds that.
+        before.restore()
+    else:
+        before.restore()
+        return
+    try:
+        _run(state, model, leaves, spec, context)
     except Exception as error:
         note_line(error)
         raise
     before.restore()
+
+
+def _run(
+    state: State, model: nn.Module, leaves: Sequence[Any], spec: Spec, context: PassContext
+) -> None:
+    # What was one tensor for the caller is one here.
+    copies = {id(leaf): _copy(leaf) for leaf in leaves}
+    args, kwargs = unflatten(spec, [copies[id(leaf)] for leaf in leaves])
+    with capturing(), context.autocast():
+        state.original_forward()(model, *args, **kwargs)
 
 
 def note_line(error: Exception) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mpgraph.capture.held import held_by, held_by_code, held_in, put_back, snapshot
+from mpgraph.capture.writes import Writes
 from mpgraph.code_state import CodeState
 
 
@@ -67,7 +68,11 @@ class Before:
 
 
 class BeforeRun(Before):
-    """The same, and what running changes besides: buffers, and torch's random numbers."""
+    """The same, and what running changes besides: tensors, and torch's random numbers.
+
+    Buffers are copied at once, because batch norm writes to them unseen; other tensors when they
+    are first written to, inside ``with before.writes:``.
+    """
 
     def __init__(self, model: nn.Module, arguments: Iterable[Any]) -> None:
         super().__init__(model, arguments)
@@ -75,6 +80,8 @@ class BeforeRun(Before):
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         self._random = [(device, torch.cuda.get_rng_state(device)) for device in devices]
         self._random_cpu = torch.get_rng_state()
+        self._trained = [(p, p.data, p.grad, p.requires_grad) for p in model.parameters()]
+        self.writes = Writes()
 
     def restore(self) -> None:
         """Put all of it back."""
@@ -83,6 +90,12 @@ class BeforeRun(Before):
             # Whatever their versions say: batch norm writes its statistics past them.
             for buffer, value in self._buffers:
                 buffer.copy_(value)
+        self.writes.restore()
+        for parameter, data, grad, requires_grad in self._trained:
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
+            parameter.grad = grad
+            parameter.requires_grad_(requires_grad)
         torch.set_rng_state(self._random_cpu)
         for device, state in self._random:
             torch.cuda.set_rng_state(state, device)
