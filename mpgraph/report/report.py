@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -219,8 +220,9 @@ def explain(model: Any) -> Report:
 
     Args:
         model: A module from ``mpgraph.convert`` that has run or was given ``example_inputs``;
-            or a model or wrapper with one such module in it; or one of its specialisations, or
-            an ``fx.GraphModule``.
+            or a model or wrapper with one such module in it; or a model that
+            ``torch.compile(model, backend="mpgraph")`` has compiled; or one of its
+            specialisations, or an ``fx.GraphModule``.
 
     Raises:
         MPGraphError: The module was not converted, or has not been captured yet; or there are
@@ -265,10 +267,25 @@ def _of_entry(entry: Any) -> Report:
     return Report(name, precision, str(context.policy), graphs)
 
 
+def _of_backend(model: Any) -> list[Any]:
+    """The graphs of a plain model that ``torch.compile(model, backend="mpgraph")`` has made."""
+    from mpgraph.module import MixedPrecision
+
+    module = sys.modules.get("mpgraph.backend")
+    if module is None or any(isinstance(m, MixedPrecision) for m in model.modules()):
+        return []
+    return [entry for entry in module.entries if entry.belongs_to(model)]
+
+
 def _of_model(model: Any) -> Report:
     from mpgraph.finding import captured_state
     from mpgraph.report.build import build_graph, sources_of
 
+    if entries := _of_backend(model):
+        reports = [_of_entry(entry) for entry in entries]
+        graphs = tuple(graph for report in reports for graph in report.graphs)
+        name = type(getattr(model, "_orig_mod", model)).__name__
+        return dataclasses.replace(reports[-1], model=name, graphs=graphs)
     state = captured_state(model)
     entries = state.specialisations()
     return Report(
