@@ -52,6 +52,18 @@ def test_fp16_page_shows_its_example_as_it_is():
     assert code in blocks(ROOT / "docs" / "fp16.md", "python")
 
 
+def test_compile_example_learns_in_one_graph(capsys):
+    runpy.run_path(str(EXAMPLES / "compile.py"))
+    lines = capsys.readouterr().out.splitlines()
+    assert float(lines[-2].split()[-1]) < 0.4  # guessing gives log(4) = 1.4
+    assert lines[-1] == "Sequential train (x: fp32[32, 16])"
+
+
+def test_compile_page_shows_its_example_as_it_is():
+    _, _, code = (EXAMPLES / "compile.py").read_text().partition('"""\n\n')
+    assert code in blocks(ROOT / "docs" / "compile.md", "python")
+
+
 def test_overflow_example_finds_pins_and_trains(capsys, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)

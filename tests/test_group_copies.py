@@ -421,6 +421,21 @@ def test_a_weight_that_no_gradient_reaches_is_not_with_others():
     ]
 
 
+def test_a_backward_pass_that_reaches_no_weight_gives_none():
+    class Stops(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return None
+
+    model = mpgraph.convert(nn.Linear(8, 8), "bf16")
+    Stops.apply(model(torch.ones(2, 8))).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_a_weight_used_in_two_forms_is_by_itself():
     class TwoForms(Deep):
         def forward(self, x):

@@ -177,11 +177,11 @@ def _rewritten(state: State, body: fx.GraphModule) -> Callable[..., Any]:
     ambient = ambient_now(context)
     placeholders = body.graph.find_nodes(op="placeholder")
     _label(state, body, placeholders)
-    label = _describe(state, placeholders)
+    scale = _scale_position(state.settings, body)
+    label = _describe(state, [n for i, n in enumerate(placeholders) if i != scale])
     graphs: Graphs = []
     breaks: list[Break] = []
     run: Callable[..., Any] = body.forward
-    scale = _scale_position(state.settings, body)
     _drop_unused_results(body)
     repair_checkpoints(body)
     try:
