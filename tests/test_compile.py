@@ -147,6 +147,10 @@ def test_nothing_of_mpgraph_is_left_in_the_compiled_graph():
     assert len(seen) == 2
     targets = {str(n.target) for gm in seen for n in gm.graph.nodes if n.op == "call_function"}
     assert all(target.startswith(("aten.", "<built-in", "prims.")) for target in targets), targets
+    copies = [
+        n for gm in seen for n in gm.graph.nodes if n.target is torch.ops.aten._to_copy.default
+    ]
+    assert all(n.args[0].meta["val"].dtype is not n.meta["val"].dtype for n in copies)
 
 
 @pytest.mark.parametrize("first", ["eager", "compiled"])

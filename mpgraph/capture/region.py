@@ -360,7 +360,7 @@ class _Lower(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(scale)
         ctx.dtype = x.dtype
-        return x.to(dtype, copy=True)
+        return x.view_as(x) if x.dtype is dtype else x.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -373,7 +373,7 @@ class _Widen(torch.autograd.Function):
     def forward(ctx: Any, h: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(scale)
         ctx.dtype = h.dtype
-        return h.to(dtype, copy=True)
+        return h.view_as(h) if h.dtype is dtype else h.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
