@@ -187,8 +187,7 @@ class State:
         self.model: Callable[[], nn.Module | None] = weakref.ref(model)
         self.region = region.run_region
         self.rewriter = region.rewriter_of(self)
-        self.body = region.body_of(self.original_forward())
-        self.scaled_body = region.scaled_body_of(self.original_forward())
+        self.body = region.body_of(self.original_forward(), self.settings)
 
     def again(self, settings: Settings) -> State:
         """The state of the same module, converted anew: the loss scale is where it was."""

@@ -24,6 +24,9 @@ def _fresh():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+    nesting = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    assert nesting == 1, "a torch.autocast region was entered and never left"
 
 
 class ConvNet(nn.Module):

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mpgraph import ir, ops
-from mpgraph.capture.ambient import ambient_now
+from mpgraph.capture.ambient import ENTER_AUTOCAST, EXIT_AUTOCAST, Ambient
 from mpgraph.capture.breaks import Break, breaks_inside
 from mpgraph.capture.captured import Slot, slots_of
 from mpgraph.capture.keep import CannotLower
@@ -43,15 +43,10 @@ _HALF = (torch.float16, torch.bfloat16)
 
 def run_region(state: State, model: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
     """What ``forward`` is while Dynamo traces it; Dynamo traces this function, too."""
-    settings = state.settings
-    compute = settings.precision.compute
-    with torch.autocast(settings.device, compute or torch.bfloat16, enabled=compute is not None):
-        if not settings.scaled:
-            return REGION(state.rewriter, state.body, model, *args, **kwargs)
-        _, result = REGION(
-            state.rewriter, state.scaled_body, state.scale.read(), model, *args, **kwargs
-        )
-        return result
+    if not state.settings.scaled:
+        return REGION(state.rewriter, state.body, model, *args, **kwargs)
+    scale = state.scale.read()
+    return REGION(state.rewriter, state.body, scale, model, *args, **kwargs)[1]
 
 
 class _Region(HigherOrderOperator):
@@ -95,24 +90,25 @@ _classes: dict[str, Any] = cast(Any, higher_order_ops)._hop_name_to_variable_cla
 _classes["mpgraph_region"] = _RegionVariable
 
 
-def body_of(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The user's forward, as the body of a region."""
+def body_of(forward: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
+    """The user's forward, as the body of a region: under ``torch.autocast``, as capture needs it.
+
+    With a loss scale, the body takes it first and hands it through: so it is one of its inputs.
+    """
+    device, compute = settings.device, settings.precision.compute
+    dtype, enabled = compute or torch.bfloat16, compute is not None
 
     def body(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return forward(model, *args, **kwargs)
+        with torch.autocast(device, dtype, enabled=enabled):
+            return forward(model, *args, **kwargs)
 
-    return body
-
-
-def scaled_body_of(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same with a loss scale, which the body hands through: so it is one of its inputs."""
-
-    def body(scale: torch.Tensor, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = forward(model, *args, **kwargs)
+    def scaled_body(scale: torch.Tensor, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device, dtype, enabled=enabled):
+            result = forward(model, *args, **kwargs)
         # The rewritten graph returns no fp16; Python is to see the dtype that it will have.
         return scale, pytree.tree_map_only(torch.Tensor, _widened, result)
 
-    return body
+    return scaled_body if settings.scaled else body
 
 
 def _widened(value: torch.Tensor) -> torch.Tensor:
@@ -142,8 +138,7 @@ def rewriter_of(state: State) -> Callable[[fx.GraphModule], Callable[..., Any]]:
 
 def _run_eagerly(state: State, *args: Any, **kwargs: Any) -> Any:
     scale, model, *given = args if state.settings.scaled else (None, *args)
-    with torch.autocast(state.settings.device, enabled=False):  # that of run_region
-        result = state.call(model, tuple(given), kwargs)
+    result = state.call(model, tuple(given), kwargs)
     return result if scale is None else (scale, result)
 
 
@@ -174,14 +169,14 @@ class RegionEntry:
 
 def _rewritten(state: State, body: fx.GraphModule) -> Callable[..., Any]:
     context = context_of(state.settings)
-    ambient = ambient_now(context)
+    _without_own_autocast(body)
     placeholders = body.graph.find_nodes(op="placeholder")
     _label(state, body, placeholders)
     scale = _scale_position(state.settings, body)
     label = _describe(state, [n for i, n in enumerate(placeholders) if i != scale])
     graphs: Graphs = []
     breaks: list[Break] = []
-    run: Callable[..., Any] = body.forward
+    run: Callable[..., Any] = functools.partial(_under_autocast, context, body)
     _drop_unused_results(body)
     repair_checkpoints(body)
     try:
@@ -192,7 +187,7 @@ def _rewritten(state: State, body: fx.GraphModule) -> Callable[..., Any]:
             tracing(None),
             torch.autocast(context.device, enabled=False),
         ):
-            gm = lower(body, context, ambient, graphs)
+            gm = lower(body, context, Ambient(None, context.grad), graphs)
         breaks += (b for lowered, _ in graphs for b in breaks_inside(lowered))
         run = _runner(gm, scale, context.device)
     except CannotLower as error:
@@ -204,6 +199,20 @@ def _rewritten(state: State, body: fx.GraphModule) -> Callable[..., Any]:
     state.compiled = [*state.compiled, RegionEntry(label, context, graphs, breaks)]
     del state.compiled[: -state.settings.max_graphs]
     return run
+
+
+def _without_own_autocast(body: fx.GraphModule) -> None:
+    """Take out the region of :func:`body_of`: entered as a node, an error would never leave it."""
+    enter = next(iter(body.graph.find_nodes(op="call_function", target=ENTER_AUTOCAST)))
+    leaves = body.graph.find_nodes(op="call_function", target=EXIT_AUTOCAST)
+    for node in (*(n for n in leaves if n.args[0] is enter), enter):
+        body.graph.erase_node(node)
+    body.recompile()
+
+
+def _under_autocast(context: PassContext, body: fx.GraphModule, *operands: Any) -> Any:
+    with context.autocast():
+        return body(*operands)
 
 
 def context_of(settings: Settings) -> PassContext:
