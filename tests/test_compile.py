@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -387,3 +390,27 @@ def test_inference_mode_and_no_grad():
         assert torch.equal(call(x), plain(x))
     with torch.inference_mode():
         assert torch.equal(call(x), plain(x))
+
+
+CACHED = """
+import sys, torch, mpgraph
+from torch import nn
+from torch._dynamo.utils import counters
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 4))
+call = torch.compile(mpgraph.convert(model, sys.argv[1]), fullgraph=True)
+call(torch.randn(8, 16)).float().square().mean().backward()
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+"""
+
+
+@pytest.mark.slow  # two fresh processes compile with Inductor
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_second_process_finds_the_compiled_code(precision, tmp_path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", CACHED, precision]
+    runs = [
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert [run.split() for run in runs] == [["0", "2"], ["2", "0"]]

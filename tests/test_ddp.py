@@ -13,11 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mpgraph
 from mpgraph import PrecisionError
+from mpgraph.module import state_of
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo"
 )
 WORLD = 2
+ORDERS = ("compile, then wrap", "wrap, then compile")
 
 
 class Net(nn.Module):
@@ -82,13 +84,33 @@ def check(rank: int, capture: str, find_unused: bool) -> None:
     assert_same(gradients(model), {name: first[name] + second[name] for name in first})
 
 
-def work(rank: int, port: int, capture: str) -> None:
+def check_compiled(rank: int, order: str) -> None:
+    model = converted("export")
+
+    def compiled(inner: nn.Module) -> nn.Module:
+        return torch.compile(inner, backend="aot_eager")
+
+    if order == "compile, then wrap":
+        wrapped = DistributedDataParallel(compiled(model))
+    else:
+        wrapped = compiled(DistributedDataParallel(model))
+    for step in range(2):
+        wrapped.zero_grad()
+        backward(wrapped, rank, step, True)
+        assert_same(gradients(model), mean_of("export", step, True))
+    assert state_of(model).compiled
+
+
+def work(rank: int, port: int, what: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
+        if what in ORDERS:
+            check_compiled(rank, what)
+            return
         for find_unused in (False, True):
-            check(rank, capture, find_unused)
+            check(rank, what, find_unused)
     finally:
         dist.destroy_process_group()
 
@@ -103,6 +125,12 @@ def free_port() -> int:
 @pytest.mark.parametrize("capture", ["export", "dynamo"])
 def test_gradients_are_the_mean_of_what_each_process_computes_alone(capture):
     torch.multiprocessing.spawn(work, (free_port(), capture), nprocs=WORLD)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS)
+def test_compiled_gradients_are_the_mean_too(order):
+    torch.multiprocessing.spawn(work, (free_port(), order), nprocs=WORLD)
 
 
 def test_a_wrapped_model_is_refused_with_the_right_order(tmp_path):
