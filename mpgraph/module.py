@@ -32,6 +32,8 @@ from mpgraph.warn import warn
 from mpgraph.weights import WeightCopies
 
 _local = threading.local()
+# The same, as Dynamo can read it: whether it traces for mpgraph, or for the user.
+_tracing = types.SimpleNamespace(is_capture=False)
 # Tracing changes state of the whole process, and puts traced values in the place of a model's
 # parameters: meanwhile no other thread may read them.
 lock = threading.RLock()
@@ -140,6 +142,8 @@ def _make_class(original: type[nn.Module]) -> type[Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             state = getattr(self, STATE)
+            if _tracing.is_capture:  # as a part of another converted model
+                return state.original_forward()(self, *args, **kwargs)
             return state.region(state, self, args, kwargs)
         # A slice of a converted Sequential has its class, but was never converted itself.
         state = vars(self).get(STATE) or state_of(self)
@@ -214,6 +218,18 @@ class State:
         self.weights = WeightCopies()
         self.observer = None
         self._reset()
+
+    def context(self) -> PassContext:
+        """What the passes know of this model, in the gradient mode of the moment."""
+        settings = self.settings
+        return PassContext(
+            policy=settings.policy,
+            compute=settings.precision.compute,
+            device=settings.device,
+            grad=torch.is_grad_enabled(),
+            strict=settings.policy.preset.startswith("autocast"),
+            scaled=settings.scaled,
+        )
 
     def specialisations(self) -> list[Any]:
         """Every graph captured so far, in order of capture; then those of torch.compile."""
@@ -361,11 +377,11 @@ class capturing:
     """While this is active, converted modules run the user's own forward."""
 
     def __enter__(self) -> None:
-        self._before = getattr(_local, "capturing", False)
-        _local.capturing = True
+        self._before = getattr(_local, "capturing", False), _tracing.is_capture
+        _local.capturing = _tracing.is_capture = True
 
     def __exit__(self, *_: object) -> None:
-        _local.capturing = self._before
+        _local.capturing, _tracing.is_capture = self._before
 
 
 def _describe(leaf: Any) -> tuple[Any, ...]:

@@ -375,6 +375,15 @@ def test_a_forward_that_changes_the_model_runs_as_it_would_without_compile():
     assert compiled.calls == plain.calls == 3
 
 
+def test_a_converted_part_of_a_model_that_dynamo_captures_belongs_to_it():
+    inner = mpgraph.convert(nn.Linear(8, 8), "bf16")
+    outer = mpgraph.convert(nn.Sequential(inner, nn.Linear(8, 4)), "bf16", capture="dynamo")
+    outer(torch.randn(2, 8))
+    (graph,) = mpgraph.explain(outer).graphs
+    assert [node.runs_in for node in graph.operators] == ["bf16", "bf16"]
+    assert not graph.breaks
+
+
 def test_blame_looks_past_the_compiled_code():
     compiled, _, x = pair("transformer", "fp16")
     compiled.compile(backend="aot_eager")

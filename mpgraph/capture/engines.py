@@ -44,7 +44,7 @@ def capture_call(
     """
     if state.settings.scaled and not state.scale.is_guarded:
         watch(model)
-    context = _context(state)
+    context = state.context()
     names = _names(spec)
     label = _label(model, leaves, names)
     shapes = [leaf.shape for leaf in leaves]
@@ -88,18 +88,6 @@ def check_overrides(state: State, model: nn.Module, *graphs: fx.GraphModule) -> 
             if node.op == "call_function"
         )
         state.settings.policy.check_overrides(nodes, [path for path, _ in model.named_modules()])
-
-
-def _context(state: State) -> PassContext:
-    settings = state.settings
-    return PassContext(
-        policy=settings.policy,
-        compute=settings.precision.compute,
-        device=settings.device,
-        grad=torch.is_grad_enabled(),
-        strict=settings.policy.preset.startswith("autocast"),
-        scaled=settings.scaled,
-    )
 
 
 def _names(spec: Spec) -> list[str]:

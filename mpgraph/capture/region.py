@@ -168,7 +168,7 @@ class RegionEntry:
 
 
 def _rewritten(state: State, body: fx.GraphModule) -> Callable[..., Any]:
-    context = context_of(state.settings)
+    context = state.context()
     _without_own_autocast(body)
     placeholders = body.graph.find_nodes(op="placeholder")
     _label(state, body, placeholders)
@@ -203,28 +203,17 @@ def _rewritten(state: State, body: fx.GraphModule) -> Callable[..., Any]:
 
 def _without_own_autocast(body: fx.GraphModule) -> None:
     """Take out the region of :func:`body_of`: entered as a node, an error would never leave it."""
-    enter = next(iter(body.graph.find_nodes(op="call_function", target=ENTER_AUTOCAST)))
-    leaves = body.graph.find_nodes(op="call_function", target=EXIT_AUTOCAST)
-    for node in (*(n for n in leaves if n.args[0] is enter), enter):
-        body.graph.erase_node(node)
-    body.recompile()
+    entered = body.graph.find_nodes(op="call_function", target=ENTER_AUTOCAST)
+    left = body.graph.find_nodes(op="call_function", target=EXIT_AUTOCAST)
+    for first in list(entered)[:1]:
+        for node in (*(n for n in left if n.args[0] is first), first):
+            body.graph.erase_node(node)
+        body.recompile()
 
 
 def _under_autocast(context: PassContext, body: fx.GraphModule, *operands: Any) -> Any:
     with context.autocast():
         return body(*operands)
-
-
-def context_of(settings: Settings) -> PassContext:
-    """What the passes know."""
-    return PassContext(
-        policy=settings.policy,
-        compute=settings.precision.compute,
-        device=settings.device,
-        grad=torch.is_grad_enabled(),
-        strict=settings.policy.preset.startswith("autocast"),
-        scaled=settings.scaled,
-    )
 
 
 def _label(state: State, body: fx.GraphModule, placeholders: Sequence[fx.Node]) -> None:
@@ -238,8 +227,8 @@ def _label(state: State, body: fx.GraphModule, placeholders: Sequence[fx.Node]) 
         if is_parameter and example.dtype in _HALF and not state.settings.precision.pure:
             raise PrecisionError(
                 f"parameter {name} is {example.dtype}: it was float32 when the model was "
-                f"converted. Convert it again for training in 16 bit ({state.settings.precision}-"
-                "true), or leave it in float32."
+                "converted. Convert it again for training in 16 bit ('bf16-true', 'fp16-true'), or "
+                "leave it in float32."
             )
         node.meta["slot"] = Slot("parameter" if is_parameter else "input", name, index)
         carries = isinstance(example, torch.Tensor) and example.requires_grad
