@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import functools
 import threading
-import traceback
 import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from mpgraph.errors import CaptureError, MPGraphError
 from mpgraph.gather import gatherer
 from mpgraph.loss_scale import CurrentScale, LossScale
 from mpgraph.module_tree import ModuleTree
+from mpgraph.notes import add_place
 from mpgraph.pipeline import PassContext, PassReport
 from mpgraph.plain import STATE
 from mpgraph.policy import Policy
@@ -412,23 +412,6 @@ def make_specialisation(
         gather=gatherer(model, captured, state.weights, state.scale),
         assign=_assigner(model, captured),
     )  # fmt: skip
-
-
-def add_place(error: Exception, gm: torch.fx.GraphModule) -> None:
-    """Note on an error of an operator which node failed, and the line of the user's model."""
-    names = {node.name: node for node in gm.graph.nodes}
-    for frame in traceback.extract_tb(error.__traceback__):
-        name = (frame.line or "").partition(" = ")[0].partition(":")[0].strip()
-        if frame.filename.startswith("<eval_with_key>") and name in names:
-            node = names[name]
-            note = f"mpgraph: in node %{name} ({node.target}), from {ir.source_line(node)}"
-            add_note(error, note)
-            return
-
-
-def add_note(error: Exception, note: str) -> None:
-    """As ``BaseException.add_note``, which came with Python 3.11."""
-    vars(error).setdefault("__notes__", []).append(note)
 
 
 def _restoring_grad_mode(run: Callable[..., Any]) -> Callable[..., Any]:

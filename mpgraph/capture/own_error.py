@@ -15,7 +15,8 @@ from torch import nn
 
 from mpgraph.capture.breaks import line_of
 from mpgraph.capture.undo import BeforeRun
-from mpgraph.module import State, add_note, capturing
+from mpgraph.module import State, capturing
+from mpgraph.notes import add_note
 from mpgraph.pipeline import PassContext
 from mpgraph.structure import Spec, opaque_values, unflatten
 
