@@ -1311,3 +1311,22 @@ def test_a_converted_model_inside_another_runs_plainly():
             return self.outer(h).sum()
 
     assert_trains_like_autocast(Outer, capture="dynamo")
+
+
+class AsksWhetherItIsCompiled(TwoLayers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        if torch.compiler.is_compiling() or torch.compiler.is_dynamo_compiling():
+            return self.second(h.float() * 3)
+        return self.second(h if h.sum() < 1e9 else -h)
+
+
+def test_a_model_that_asks_is_told_that_it_runs_eagerly():
+    seed()
+    plain = AsksWhetherItIsCompiled()
+    model = mpgraph.convert(copy.deepcopy(plain), "bf16", policy="autocast-cpu", capture="dynamo")
+    x = torch.randn(4, 8)
+    got = train_once(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = train_once(plain, x)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
