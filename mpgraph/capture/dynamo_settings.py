@@ -17,6 +17,7 @@ from torch._dynamo.variables import (
     AutogradFunctionContextVariable,
     ConstantVariable,
     TensorVariable,
+    TorchInGraphFunctionVariable,
     builder,
     functions,
     higher_order_ops,
@@ -62,6 +63,7 @@ def configured(device: str, limit: int, count: int) -> Iterator[None]:
         _breaks_at_torchscript(),
         _breaks_at_absent_gradients(),
         _compiled_unseen(),
+        _says_eager(),
         _quiet(),
     ):
         yield
@@ -237,6 +239,30 @@ def _compiled_unseen() -> Iterator[None]:
 
     with replaced(convert_frame, "_compile", compile_frame):
         yield
+
+
+def _says_eager() -> Iterator[None]:
+    """Tell a model that asks whether it is compiled that it is not, as export does first.
+
+    Such a model leaves out what depends on data, and computes the same thing another way, with
+    other roundings or dtypes. Here what depends on data breaks the graph. torch's own code and
+    mpgraph's go on to be told what is so.
+    """
+    owner: Any = TorchInGraphFunctionVariable
+    original = owner.call_function
+
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        if self.value in _COMPILING and not args and not kwargs:
+            package = str(tx.f_globals.get("__name__", "")).partition(".")[0]
+            if package not in ("torch", "mpgraph"):
+                return ConstantVariable.create(False)
+        return original(self, tx, args, kwargs)
+
+    with replaced(owner, "call_function", call_function):
+        yield
+
+
+_COMPILING = (torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling)
 
 
 @contextlib.contextmanager
