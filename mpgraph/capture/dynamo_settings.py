@@ -241,6 +241,7 @@ def _compiled_unseen() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
 def _says_eager() -> Iterator[None]:
     """Tell a model that asks whether it is compiled that it is not, as export does first.
 
