@@ -1330,3 +1330,18 @@ def test_a_model_that_asks_is_told_that_it_runs_eagerly():
     with torch.autocast("cpu", torch.bfloat16):
         want = train_once(plain, x)
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_to_ask_whether_a_stream_is_captured_breaks_no_graph(device):
+    class Asks(TwoLayers):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if getattr(torch, device).is_current_stream_capturing():
+                return self.first(x)
+            return self.second(self.first(x))
+
+    model = mpgraph.convert(Asks(), "bf16", capture="dynamo")
+    model(torch.randn(4, 8))
+    (entry,) = entries(model)
+    assert len(entry.graphs) == 1
+    assert not entry.breaks

@@ -249,21 +249,35 @@ def _says_eager() -> Iterator[None]:
     other roundings or dtypes. Here what depends on data breaks the graph. torch's own code and
     mpgraph's go on to be told what is so.
     """
-    owner: Any = TorchInGraphFunctionVariable
+    with (
+        _answered(TorchInGraphFunctionVariable),
+        _answered(functions.SkipFunctionVariable),
+    ):
+        yield
+
+
+def _answered(owner: Any) -> contextlib.AbstractContextManager[None]:
     original = owner.call_function
 
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        if self.value in _COMPILING and not args and not kwargs:
+        is_asked = not args and not kwargs
+        if is_asked and any(self.value is asked for asked in _CAPTURING):
+            return ConstantVariable.create(False)  # or there would be nothing to compile
+        if is_asked and any(self.value is asked for asked in _COMPILING):
             package = str(tx.f_globals.get("__name__", "")).partition(".")[0]
             if package not in ("torch", "mpgraph"):
                 return ConstantVariable.create(False)
         return original(self, tx, args, kwargs)
 
-    with replaced(owner, "call_function", call_function):
-        yield
+    return replaced(owner, "call_function", call_function)
 
 
-_COMPILING = (torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling)
+_COMPILING = (
+    torch.compiler.is_compiling,
+    torch.compiler.is_dynamo_compiling,
+    torch._utils.is_compiling,
+)
+_CAPTURING = (torch.cuda.is_current_stream_capturing, torch.xpu.is_current_stream_capturing)
 
 
 @contextlib.contextmanager
