@@ -164,11 +164,7 @@ def _rewritten(gm: fx.GraphModule, examples: Sequence[Any], context: PassContext
 def _shapes(gm: fx.GraphModule) -> str:
     nodes = [n for n in gm.graph.find_nodes(op="placeholder") if n.meta["slot"].kind == "input"]
     values = [(n.meta["readable_name"], n.meta.get("example_value")) for n in nodes]
-    return ", ".join(
-        f"{name}: {ir.short_name(v.dtype)}[{', '.join(map(str, v.shape))}]"
-        for name, v in values
-        if isinstance(v, torch.Tensor)
-    )
+    return ", ".join(ir.describe(name, v) for name, v in values if isinstance(v, torch.Tensor))
 
 
 def _with_casts(lowered: fx.GraphModule, gm: fx.GraphModule) -> fx.GraphModule:

@@ -91,6 +91,11 @@ def short_name(dtype: torch.dtype) -> str:
     return SHORT_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
+def describe(name: str, value: torch.Tensor) -> str:
+    """``x: fp32[4, s0]``."""
+    return f"{name}: {short_name(value.dtype)}[{', '.join(map(str, value.shape))}]"
+
+
 def is_tensor(value: object) -> bool:
     """Whether a node's ``val`` is one tensor."""
     return isinstance(value, torch.Tensor)

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from mpgraph import ir
 from mpgraph.capture.breaks import DYNAMO_ERRORS, Break, Watch, describe, explain_failure
 from mpgraph.capture.compiled import Call, CompiledGraph, calls, rewritten, runner
 from mpgraph.capture.dynamo_settings import configured
 from mpgraph.capture.kept import repair_checkpoints
 from mpgraph.capture.lower import Graphs
 from mpgraph.capture.miscounts import refuse_miscounts
+from mpgraph.capture.overrides import say_what_matched_nothing
 from mpgraph.capture.own_error import note_line, raise_own_error
 from mpgraph.capture.paths import label_placeholders
-from mpgraph.errors import CaptureError, MPGraphError, PolicyError
+from mpgraph.errors import CaptureError, MPGraphError
 from mpgraph.module import State, capturing, is_transformed, lock
 from mpgraph.pipeline import PassContext, PassReport
 from mpgraph.structure import flatten
@@ -181,7 +181,9 @@ class DynamoEngine:
         """Say, once, what export could not do; and that a call went past every graph."""
         if not self._announced:
             self._announced = True
-            self._say_what_matched_nothing(entry)
+            graphs = [gm for gm, _ in entry.graphs]
+            where = "in the graphs of the first call"
+            say_what_matched_nothing(self.state, graphs, self.modules, where)
             if entry.notice:
                 self.state.say(entry.notice)
         if not call.ran and not is_transformed():
@@ -190,19 +192,6 @@ class DynamoEngine:
                 "Dynamo compiled nothing of a call, so all of it ran in eager mode under "
                 f"torch.autocast: {said or 'torch.compile is disabled'}."
             )
-
-    def _say_what_matched_nothing(self, entry: DynamoEntry) -> None:
-        # No error, as with export: a part of the model that has not run yet may match.
-        nodes = (
-            (ir.operator_name(node), ir.module_path(node), node.name)
-            for gm, _ in entry.graphs
-            for node in gm.graph.nodes
-            if node.op == "call_function"
-        )
-        try:
-            self.context.policy.check_overrides(nodes, self.modules)
-        except PolicyError as error:
-            self.state.say(f"in the graphs of the first call, {error}")
 
     def _translated(self, error: Exception, entry: DynamoEntry) -> Exception:
         before = f"The export engine did not carry it: {entry.reason}." if entry.reason else ""

@@ -15,6 +15,7 @@ from mpgraph.capture.captured import Captured
 from mpgraph.capture.detect import NeedsDynamo
 from mpgraph.capture.dynamo import DynamoEntry, is_carried, make_entry
 from mpgraph.capture.export import Call, capture_export
+from mpgraph.capture.overrides import called
 from mpgraph.capture.own_error import raise_own_error
 from mpgraph.capture.reasons import plain_reason
 from mpgraph.capture.undo import undone_on_failure
@@ -80,14 +81,9 @@ def check_overrides(state: State, model: nn.Module, *graphs: fx.GraphModule) -> 
     Later ones may well lack a module (dropout in eval mode) that an override names.
     """
     if not state.specialisations():
-        nodes = (
-            (ir.operator_name(node), ir.module_path(node), node.name)
-            for gm in graphs
-            for body in ir.all_graphs(gm)
-            for node in body.graph.nodes
-            if node.op == "call_function"
-        )
-        state.settings.policy.check_overrides(nodes, [path for path, _ in model.named_modules()])
+        bodies = (body for gm in graphs for body in ir.all_graphs(gm))
+        modules = [path for path, _ in model.named_modules()]
+        state.settings.policy.check_overrides(called(bodies), modules)
 
 
 def _names(spec: Spec) -> list[str]:
@@ -168,7 +164,7 @@ def _label(model: nn.Module, leaves: list[Any], names: list[str]) -> str:
     mode = "train" if model.training else "eval"
     grad = "" if torch.is_grad_enabled() else ", no_grad"
     shapes = ", ".join(
-        f"{name}: {ir.short_name(leaf.dtype)}{list(leaf.shape)}"
+        ir.describe(name, leaf)
         for name, leaf in zip(names, leaves, strict=True)
         if isinstance(leaf, torch.Tensor)
     )

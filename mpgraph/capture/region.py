@@ -31,10 +31,11 @@ from mpgraph.capture.captured import Slot, slots_of
 from mpgraph.capture.keep import CannotLower
 from mpgraph.capture.kept import repair_checkpoints
 from mpgraph.capture.lower import Graphs, lower
+from mpgraph.capture.overrides import say_what_matched_nothing
 from mpgraph.capture.paths import relocated
-from mpgraph.errors import PolicyError, PrecisionError
+from mpgraph.errors import PrecisionError
 from mpgraph.module import MixedPrecision, Settings, State
-from mpgraph.pipeline import PassContext, PassReport
+from mpgraph.pipeline import PassContext
 from mpgraph.precision import logger
 from mpgraph.unguarded import watch
 
@@ -147,7 +148,7 @@ _KEY = "mpgraph_region"
 
 @dataclasses.dataclass
 class RegionEntry:
-    """One body, rewritten: as :class:`mpgraph.module.Specialisation`, for those who look on."""
+    """One body, rewritten: for those who look on."""
 
     label: str
     context: PassContext
@@ -155,16 +156,6 @@ class RegionEntry:
     breaks: list[Break]
     engine: str = "compile"
     reason: str = ""
-
-    @property
-    def graph_module(self) -> fx.GraphModule:
-        """The first rewritten graph."""
-        return self.graphs[0][0] if self.graphs else fx.GraphModule({}, fx.Graph())
-
-    @property
-    def reports(self) -> list[PassReport]:
-        """What the passes did to all of them."""
-        return [report for _, reports in self.graphs for report in reports]
 
 
 def _rewritten(state: State, body: fx.GraphModule) -> Callable[..., Any]:
@@ -193,9 +184,13 @@ def _rewritten(state: State, body: fx.GraphModule) -> Callable[..., Any]:
     except CannotLower as error:
         logger.debug("a graph runs under torch.autocast: %s", error)
         graphs, breaks = [], [Break(error.reason, error.line)]
-    if context.scaled and (model := state.model()) is not None and not state.scale.is_guarded:
-        watch(model)
-    _check_overrides(state, graphs)
+    if (model := state.model()) is not None:
+        if context.scaled and not state.scale.is_guarded:
+            watch(model)
+        if graphs and not state.compiled:
+            modules = [path for path, _ in model.named_modules()]
+            rewritten = [lowered for lowered, _ in graphs]
+            say_what_matched_nothing(state, rewritten, modules, "in the compiled graph")
     state.compiled = [*state.compiled, RegionEntry(label, context, graphs, breaks)]
     del state.compiled[: -state.settings.max_graphs]
     return run
@@ -281,28 +276,10 @@ def _describe(state: State, placeholders: Sequence[fx.Node]) -> str:
     inputs = (n for n in placeholders if n.meta["slot"].target not in held)
     tensors = ((n, n.meta.get("example_value")) for n in inputs)
     shapes = (
-        f"{n.meta['readable_name']}: {ir.short_name(v.dtype)}{[str(size) for size in v.shape]}"
-        for n, v in tensors
-        if isinstance(v, torch.Tensor)
+        ir.describe(n.meta["readable_name"], v) for n, v in tensors if isinstance(v, torch.Tensor)
     )
     grad = "" if torch.is_grad_enabled() else ", no_grad"
-    return f"{state.original.__name__} {mode}{grad} ({', '.join(shapes)})".replace("'", "")
-
-
-def _check_overrides(state: State, graphs: Graphs) -> None:
-    model = state.model()
-    if state.compiled or model is None or not graphs:
-        return
-    nodes = (
-        (ir.operator_name(node), ir.module_path(node), node.name)
-        for gm, _ in graphs
-        for node in gm.graph.nodes
-        if node.op == "call_function"
-    )
-    try:
-        state.settings.policy.check_overrides(nodes, [path for path, _ in model.named_modules()])
-    except PolicyError as error:
-        state.say(f"in the compiled graph, {error}")
+    return f"{state.original.__name__} {mode}{grad} ({', '.join(shapes)})"
 
 
 def _drop_unused_results(body: fx.GraphModule) -> None:
@@ -353,26 +330,24 @@ def _value(slot: Slot, operands: Sequence[Any], scale: torch.Tensor | None) -> A
     return value if slot.dtype is None else value.to(slot.dtype)
 
 
-class _Lower(torch.autograd.Function):
+class _Cast(torch.autograd.Function):
+    """What both have in common: the cast, and the scale of this very forward pass."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(scale)
         ctx.dtype = x.dtype
         return x.view_as(x) if x.dtype is dtype else x.to(dtype)
 
+
+class _Lower(_Cast):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (scale,) = ctx.saved_tensors
         return (gradients[0].float() / scale).to(ctx.dtype), None, None
 
 
-class _Widen(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, h: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(scale)
-        ctx.dtype = h.dtype
-        return h.view_as(h) if h.dtype is dtype else h.to(dtype)
-
+class _Widen(_Cast):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (scale,) = ctx.saved_tensors
