@@ -12,6 +12,7 @@ _HOMES = {
     "convert": "conversion",
     "explain": "report.report",
     "guard": "guarding",
+    "TrainStep": "step.train_step",
     "blame": "ranges.blame",
     "calibrate": "ranges.calibrate",
     "RangeReport": "ranges.report",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from mpgraph.ranges.report import RangeReport as RangeReport
     from mpgraph.report.report import Report as Report
     from mpgraph.report.report import explain as explain
+    from mpgraph.step.train_step import TrainStep as TrainStep
 
 __all__ = ["__version__", *_HOMES]
 

@@ -29,7 +29,7 @@ def gatherer(
     slots = slots_of(captured.graph_module)
     getters = [_getter(model, captured, slot, scale, copies) for slot in slots]
     groups = [
-        (places, [_home(model, slots[place]) for place in places], slots[places[0]])
+        (places, [home_of(model, slots[place]) for place in places], slots[places[0]])
         for places in weight_groups(captured.graph_module)
     ]
 
@@ -64,11 +64,11 @@ def _plain_getter(model: nn.Module, captured: Captured, slot: Slot) -> Getter:
         return functools.partial(_leaf, index=slot.index)
     if slot.kind == "constant":
         return functools.partial(_constant, value=captured.constants[slot.target])
-    table, name = _home(model, slot)
+    table, name = home_of(model, slot)
     return functools.partial(_entry, table=table, name=name)
 
 
-def _home(model: nn.Module, slot: Slot) -> tuple[dict[str, Any], str]:
+def home_of(model: nn.Module, slot: Slot) -> tuple[dict[str, Any], str]:
     """Where the model keeps what the slot stands for."""
     path, _, name = slot.target.rpartition(".")
     owner = model.get_submodule(path)

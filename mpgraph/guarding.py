@@ -125,6 +125,11 @@ def _check(
         )
 
 
+def guard_of(optimizer: Optimizer) -> Any:
+    """What :func:`guard` has put in the way of an optimizer's step; None if nothing."""
+    return vars(optimizer).get(_KEY)
+
+
 class _Overflow(Exception):
     """Leaves an optimizer's step from inside its closure; carries the closure's result."""
 

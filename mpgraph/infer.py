@@ -92,7 +92,7 @@ def run_on_values(node: fx.Node) -> Any:
     """What the node yields, on fake tensors, for the values that its inputs have now."""
     args = map_arg(node.args, lambda n: n.meta["val"])
     kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
-    return _run(node.target, args, kwargs, node.meta["val"])
+    return _run(node.target, args, kwargs, node.meta.get("val"))
 
 
 def _run(target: Any, args: Any, kwargs: Any, known: Any) -> Any:

@@ -90,6 +90,32 @@ class LossScale:
         }
         return _rebuilt(self, tensors)
 
+    def moved(
+        self,
+        found_inf: torch.Tensor,
+        scale: torch.Tensor,
+        growth_tracker: torch.Tensor,
+        hysteresis_tracker: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        """The rule of :meth:`next` on these three tensors, in operators that a graph can hold.
+
+        The rule of ``torch._amp_update_scale_`` (aten/src/ATen/native/cuda/AmpKernels.cu), within
+        the floor and the ceiling, and with the hysteresis.
+        """
+        found = found_inf > 0
+        left = torch.where(found, hysteresis_tracker - 1, self.hysteresis)
+        counted = growth_tracker + 1
+        grown = scale * self.growth_factor
+        grows = (counted == self.growth_interval) & grown.isfinite()
+        finite = torch.where(grows, grown, scale)
+        lower = torch.where(left > 0, scale, scale * self.backoff_factor)
+        tracker = torch.where(found | (counted == self.growth_interval), 0, counted)
+        return [
+            torch.where(found, lower, finite).clamp(self.min_scale, self.max_scale),
+            tracker.to(torch.int32),
+            left.to(torch.int32),
+        ]
+
     def to(self, device: torch.device | str) -> LossScale:
         """The same value with its tensors on another device."""
         return _rebuilt(self, {name: getattr(self, name).to(device) for name in _tensor_names()})
@@ -116,6 +142,8 @@ class CurrentScale:
         self.value = value
         self.is_guarded = False
         self.was_read = False
+        # A step's graph writes to the scale's own tensors; what a forward pass reads must stay.
+        self.is_written = False
         self._before: LossScale | None = None
         self._found: torch.Tensor | None = None
 
@@ -127,7 +155,7 @@ class CurrentScale:
         """The scale, for a forward pass whose gradients will be scaled by it."""
         self.was_read = True
         self._before = None
-        return self.value.scale
+        return self.value.scale.clone() if self.is_written else self.value.scale
 
     def update(self, found_inf: torch.Tensor) -> None:
         """Move the scale, after a step whose gradients were finite (0) or not (1)."""

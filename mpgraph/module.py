@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -249,9 +250,11 @@ class State:
                 "whose precision and policy hold for both."
             )
             return self.original_forward()(model, *args, **kwargs)
-        arguments = self._bind(model, args, kwargs)
+        if (traced := getattr(_local, "step", None)) is not None:
+            return traced(self, model, args, kwargs)
+        arguments = self.bind(model, args, kwargs)
         leaves, spec = flatten(arguments)
-        entry = self._find(model, leaves, spec)
+        entry = self.find(model, leaves, spec)
         if self.observer is not None:
             entry = self.observer.see(self, entry, args, kwargs)
         if torch.is_autocast_enabled(self.settings.device):
@@ -262,31 +265,30 @@ class State:
 
     def capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Capture the graph for a call without running it."""
-        leaves, spec = flatten(self._bind(model, args, kwargs))
-        return self._find(model, leaves, spec)
+        leaves, spec = flatten(self.bind(model, args, kwargs))
+        return self.find(model, leaves, spec)
 
-    def _bind(
+    def bind(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as ``forward`` declares them."""
         if self._signature is None:
             self._signature = Signature(self.original_forward(), type(model).__name__)
         return self._signature.bind(args, kwargs)
 
-    def _find(self, model: nn.Module, leaves: list[Any], spec: Spec) -> Any:
+    def find(self, model: nn.Module, leaves: list[Any], spec: Spec) -> Any:
+        """The graph for a call, captured now if there is none yet."""
         with lock:
             return self._find_or_capture(model, leaves, spec)
 
     def _find_or_capture(self, model: nn.Module, leaves: list[Any], spec: Spec) -> Any:
-        if self._tree is None or not self._tree.is_current(model):
-            self._by_key.clear()
-            self.dynamo = None
-            self._tree = ModuleTree(model)
+        tree = self.tree(model)
         if not self.settings.precision.pure:
-            self._tree.check_dtypes()
+            tree.check_dtypes()
         entry = self._captured(model, leaves, spec)
         if entry is not None:
             return entry
-        self._tree.note_tensors()  # some may have been replaced
+        tree.note_tensors()  # some may have been replaced
         entry = self._captured(model, leaves, spec)
         if entry is not None:
             return entry
@@ -296,6 +298,14 @@ class State:
         key = self._key(model, leaves, spec, guarded=entry.engine == "dynamo")
         self._by_key.setdefault(key, []).append(entry)
         return entry
+
+    def tree(self, model: nn.Module) -> ModuleTree:
+        """The modules below the model, as they are now."""
+        if self._tree is None or not self._tree.is_current(model):
+            self._by_key.clear()
+            self.dynamo = None
+            self._tree = ModuleTree(model)
+        return self._tree
 
     def _captured(self, model: nn.Module, leaves: list[Any], spec: Spec) -> Any:
         entries = self._by_key.get(self._key(model, leaves, spec), [])
@@ -382,6 +392,16 @@ class capturing:
 
     def __exit__(self, *_: object) -> None:
         _local.capturing, _tracing.is_capture = self._before
+
+
+@contextlib.contextmanager
+def tracing_step(call: Callable[..., Any]) -> Iterator[None]:
+    """While this is active, ``call(state, model, args, kwargs)`` runs the calls of this thread."""
+    before, _local.step = getattr(_local, "step", None), call
+    try:
+        yield
+    finally:
+        _local.step = before
 
 
 def _describe(leaf: Any) -> tuple[Any, ...]:

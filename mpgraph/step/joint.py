@@ -1,0 +1,114 @@
+"""A step's graph as a whole: what it returns by name, and how parts are put into it."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mpgraph.pipeline import PassContext
+from mpgraph.step.slots import StepSlot, place_name
+
+
+@dataclasses.dataclass(frozen=True)
+class StepContext(PassContext):
+    """What the passes over a whole step may know.
+
+    Attributes:
+        max_grad_norm: What gradients are clipped to.
+        check_finite: Whether a step with non-finite gradients is skipped.
+        sums: Where several batches make one step: for each gradient, the slot of its sum.
+        is_last: Whether this batch completes the step.
+        scales: For each loss scale: how it moves by its three tensors and the flag, and their
+            slots.
+        equal: Names of tensors without dimensions that hold equal numbers.
+    """
+
+    max_grad_norm: float | None = None
+    check_finite: bool = False
+    sums: dict[str, StepSlot] = dataclasses.field(default_factory=dict)
+    is_last: bool = True
+    scales: tuple[tuple[Callable[..., Any], tuple[StepSlot, ...]], ...] = ()
+    equal: tuple[frozenset[str], ...] = ()
+
+
+def outputs_of(graph: fx.Graph) -> dict[str, Any]:
+    """What a step's graph returns, by name, to be changed and given to :func:`set_outputs`.
+
+    "results": what the loss function returned; "gradients": by the parameter's name;
+    "found_inf", "norm": as guard has them; "new": by slot name, what is to be written.
+    """
+    return dict(cast("dict[str, Any]", graph.output_node().args[0]))
+
+
+def set_outputs(graph: fx.Graph, outputs: dict[str, Any]) -> None:
+    """Return these."""
+    graph.output_node().args = (outputs,)
+
+
+def gradients_of(graph: fx.Graph) -> dict[str, fx.Node]:
+    """The gradients that a step's graph computes, by the parameter's name."""
+    return dict(cast("dict[str, fx.Node]", outputs_of(graph).get("gradients", {})))
+
+
+def slot_nodes(graph: fx.Graph) -> dict[str, fx.Node]:
+    """Every placeholder, by what it stands for."""
+    return {node.meta["slot"].name: node for node in graph.find_nodes(op="placeholder")}
+
+
+def slot_node(graph: fx.Graph, slot: StepSlot, value: Any) -> fx.Node:
+    """The placeholder of a slot, made if there is none: ``value`` is its fake value."""
+    found = slot_nodes(graph).get(slot.name)
+    if found is not None:
+        return found
+    first: fx.Node = next(iter(graph.nodes))
+    with graph.inserting_before(first):
+        made = graph.placeholder(place_name(slot))
+    made.meta = {"slot": slot, "val": value}
+    return made
+
+
+def append(
+    graph: fx.Graph, function: Callable[..., Any], inputs: Sequence[fx.Node], part: str
+) -> list[fx.Node]:
+    """Trace a function of tensors on the values of some nodes, and put what it does at the end.
+
+    Args:
+        graph: A step's graph.
+        function: Takes one tensor per input and returns a list of tensors.
+        inputs: Nodes of the graph.
+        part: What the new nodes belong to: "check", "clip", "update", "scale".
+
+    Returns:
+        The node of each result.
+    """
+    values = [node.meta["val"] for node in inputs]
+    mode = next(v.fake_mode for v in values if hasattr(v, "fake_mode"))
+    with mode, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Each a value of its own: what is traced is told apart by it.
+        values = [
+            torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values
+        ]
+        traced: Any = torch.func.functionalize(lambda *v: function(*v), remove="mutations")
+        gm = make_fx(traced, _allow_non_fake_inputs=True)(*values)
+    return inline(graph, gm.graph, inputs, part)
+
+
+def inline(
+    graph: fx.Graph, other: fx.Graph, inputs: Sequence[fx.Node], part: str
+) -> list[Any]:
+    """Copy another graph to the end of this one, on these inputs; what it returns."""
+    copies = dict(zip(other.find_nodes(op="placeholder"), inputs, strict=True))
+    with graph.inserting_before(graph.output_node()):
+        returned = graph.graph_copy(other, copies)
+    for node in other.nodes:
+        if node.op not in ("placeholder", "output"):
+            copies[node].meta = {**node.meta, "part": part}
+    graph.lint()
+    return cast("list[Any]", returned)

@@ -1,0 +1,233 @@
+"""From a user's model and loss to a graph that computes the loss and the gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+
+from mpgraph.capture.writes import writes_taken_back
+from mpgraph.errors import CaptureError, MPGraphError
+from mpgraph.module import State
+from mpgraph.step.inside import Assigned, Inside
+from mpgraph.step.loss import LossFunction, loss_of
+from mpgraph.step.slots import Homes, StepSlot, place_name
+from mpgraph.structure import Spec, flatten, opaque_values, unflatten
+
+Tensors = Sequence[torch.Tensor]
+
+
+@dataclasses.dataclass
+class Gradients:
+    """A traced loss with its gradients.
+
+    Attributes:
+        graph_module: Returns a dict: "results", the leaves of what the loss function returned,
+            then of every assignment; and "gradients", one per parameter that has one, by name.
+        result: How the leaves of the result are put together.
+        assigned: What the model's forward assigns to its modules.
+        states: The converted models that took part.
+        mode: The fake mode of every value in the graph.
+    """
+
+    graph_module: fx.GraphModule
+    result: Spec
+    assigned: list[Assigned]
+    states: list[State]
+    mode: FakeTensorMode
+
+
+def trace_gradients(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    parameters: dict[str, torch.Tensor],
+    leaves: Tensors,
+    spec: Spec,
+    divisor: int = 1,
+) -> Gradients:
+    """Trace ``loss_fn(model, *args, **kwargs)`` and its gradients.
+
+    Args:
+        model: A converted model.
+        loss_fn: Takes the model and a batch; see :func:`mpgraph.step.loss.loss_of`.
+        parameters: What to differentiate by, by name.
+        leaves: The tensors of one batch.
+        spec: How they become ``(args, kwargs)``.
+        divisor: What the loss is divided by before it is differentiated.
+
+    Raises:
+        CaptureError: The loss cannot be traced; says why, where, and what to do.
+    """
+    mode = FakeTensorMode(
+        allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True
+    )
+    trace = _Trace(model, loss_fn, parameters, spec, divisor)
+    with writes_taken_back(), mode, torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fakes = [mode.from_tensor(leaf, static_shapes=True) for leaf in leaves]
+        gm = _traced(trace, fakes)
+    graph = gm.graph
+    _name_results(graph, trace)
+    _lift(gm, Homes(model, *_modules_in(loss_fn)), trace, mode)
+    assert trace.result is not None and trace.inside is not None
+    return Gradients(gm, trace.result, trace.inside.assigned, trace.inside.states, mode)
+
+
+class _Trace:
+    """The function that is traced, and what it notices."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        parameters: dict[str, torch.Tensor],
+        spec: Spec,
+        divisor: int,
+    ) -> None:
+        self.model, self.loss_fn, self.spec, self.divisor = model, loss_fn, spec, divisor
+        self.parameters = parameters
+        self.inside: Inside | None = None
+        self.result: Spec | None = None
+        self.count = 0
+        self.named: list[str] = []
+        self.scales: dict[int, StepSlot] = {}
+
+    def __call__(self, *leaves: Any) -> list[Any]:
+        mode = get_proxy_mode()
+        assert mode is not None
+        inside = self.inside = Inside(cast(Any, mode).tracer.graph)
+        args, kwargs = unflatten(self.spec, leaves)
+        with inside.active():
+            value = self.loss_fn(self.model, *args, **kwargs)
+        loss = loss_of(value, self.loss_fn)
+        self._refuse_opaque(value)
+        if self.divisor > 1:
+            loss = loss / self.divisor
+        inside.note({"part": "forward"})
+        for node in inside.graph.nodes:
+            node.meta.setdefault("part", "forward")
+        inside.watch_backward()
+        gradients = torch.autograd.grad(loss, [*self.parameters.values()], allow_unused=True)
+        inside.note({})
+        for node in inside.graph.nodes:
+            node.meta.setdefault("part", "backward")
+        self.named = [n for n, g in zip(self.parameters, gradients, strict=True) if g is not None]
+        outputs, self.result = flatten(value)
+        for assigned in inside.assigned:
+            outputs.extend(flatten(assigned.value)[0])
+        self.count = len(outputs)
+        return [*(o.detach() for o in outputs), *(g for g in gradients if g is not None)]
+
+    def _refuse_opaque(self, value: Any) -> None:
+        for found in opaque_values(flatten(value)[1]):
+            raise CaptureError(
+                f"the loss function returns an object of type {type(found).__name__}, which cannot "
+                "be taken apart into tensors. Return tensors, numbers, and containers of them."
+            )
+
+
+def _traced(trace: _Trace, fakes: Sequence[Any]) -> fx.GraphModule:
+    try:
+        return make_fx(trace, _allow_non_fake_inputs=True)(*fakes)
+    except MPGraphError:
+        raise
+    except (GuardOnDataDependentSymNode, torch._subclasses.fake_tensor.DataDependentOutputException) as error:  # noqa: E501
+        raise CaptureError(_needs_a_value(error)) from error
+
+
+def _needs_a_value(error: Exception) -> str:
+    from mpgraph.capture.breaks import line_of_error
+
+    line = line_of_error(error)
+    where = f" at {line}" if line else ""
+    return (
+        f"the loss function needs the value of a tensor{where} (.item(), an if, a print or a "
+        "conversion to a number). A step that is captured once has no values while it is traced. "
+        "Compute with tensors instead (torch.where), and return what you want to print beside "
+        "the loss."
+    )
+
+
+def _modules_in(loss_fn: LossFunction) -> list[nn.Module]:
+    """The modules that a loss function is, belongs to, or has closed over."""
+    cells = getattr(loss_fn, "__closure__", None) or ()
+    held = [loss_fn, getattr(loss_fn, "__self__", None), *(_content(cell) for cell in cells)]
+    return [value for value in held if isinstance(value, nn.Module)]
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def _name_results(graph: fx.Graph, trace: _Trace) -> None:
+    output = graph.output_node()
+    returned = cast(Sequence[Any], output.args[0])
+    gradients = dict(zip(trace.named, returned[trace.count :], strict=True))
+    output.args = ({"results": list(returned[: trace.count]), "gradients": gradients},)
+    output.meta["part"] = "output"
+
+
+def _lift(gm: fx.GraphModule, homes: Homes, trace: _Trace, mode: FakeTensorMode) -> None:
+    """Make inputs of the tensors that the trace has met outside of the batch."""
+    graph = gm.graph
+    for index, node in enumerate(graph.find_nodes(op="placeholder")):
+        node.meta["slot"] = StepSlot("input", node.name, index=index)
+    first: fx.Node = next(iter(graph.nodes))
+    lifted: dict[int, fx.Node] = {}
+    for node in list(graph.find_nodes(op="get_attr")):
+        tensor = getattr(gm, str(node.target))
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if id(tensor) not in lifted:
+            slot = _slot(tensor, homes, trace, len(lifted))
+            with graph.inserting_before(first):
+                lifted[id(tensor)] = graph.placeholder(place_name(slot))
+            lifted[id(tensor)].meta = {"slot": slot, "val": _fake(mode, tensor)}
+        node.replace_all_uses_with(lifted[id(tensor)])
+        graph.erase_node(node)
+    _drop_attributes(gm)
+    gm.recompile()
+
+
+def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    return mode.from_tensor(tensor.detach(), static_shapes=True)
+
+
+def _slot(tensor: torch.Tensor, homes: Homes, trace: _Trace, count: int) -> StepSlot:
+    for index, state in enumerate(trace.inside.states if trace.inside else ()):
+        if tensor is state.scale.value.scale:
+            return scale_slot(state, index, "scale")
+    found = homes.slot_of(tensor)
+    if found is not None:
+        return found
+    name = next((n for n, p in trace.parameters.items() if p is tensor), "")
+    kind: Any = "parameter" if name else "constant"
+    return StepSlot(kind, name or f"constant_{count}", lambda: tensor)
+
+
+def scale_slot(state: State, index: int, field: str) -> StepSlot:
+    """The slot of a tensor of the loss scale of a model, the ``index``-th that took part."""
+    name = state.original.__name__ + (f" {index}" if index else "")
+    return StepSlot("scale", f"{field} of {name}", _field(state, field))
+
+
+def _field(state: State, field: str) -> Callable[[], Any]:
+    return lambda: getattr(state.scale.value, field)
+
+
+def _drop_attributes(gm: fx.GraphModule) -> None:
+    used = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    for table in (gm._parameters, gm._buffers, vars(gm)):
+        for name in [n for n in table if n.startswith(("_param_constant", "_tensor_constant"))]:
+            if name not in used:
+                del table[name]

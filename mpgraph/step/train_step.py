@@ -1,0 +1,351 @@
+"""The whole training step as one call, captured once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from mpgraph.conversion import convert
+from mpgraph.errors import CaptureError, PrecisionError
+from mpgraph.guarding import guard, guard_of
+from mpgraph.loss_scale import LossScale
+from mpgraph.module import MixedPrecision, State, state_of
+from mpgraph.plain import STATE
+from mpgraph.policy import Policy
+from mpgraph.step.assemble import assemble, flat_outputs, moving_scales
+from mpgraph.step.compiled import compiler_for
+from mpgraph.step.joint import StepContext
+from mpgraph.step.loss import LossFunction, models_own_loss
+from mpgraph.step.program import Program
+from mpgraph.step.slots import StepSlot, step_slots
+from mpgraph.step.trace_gradients import Gradients, trace_gradients
+from mpgraph.step.trace_update import NewState, Update, equal_counters, trace_update
+from mpgraph.structure import Spec, flatten, leaf_names, unflatten
+
+
+class TrainStep:
+    """Forward, backward, finite check, clipping, update and loss scale in one captured graph.
+
+    Calling it with a batch does what this loop does, and writes to the same parameters, buffers
+    and optimizer state in place::
+
+        loss = loss_fn(model, *batch)
+        loss.backward()
+        optimizer.step()            # guarded: see mpgraph.guard
+        optimizer.zero_grad()
+
+    The first call of a kind of batch captures it; the very first step of an optimizer that has no
+    state yet runs in eager mode, since it is another step than those that follow. Learning rates
+    and other numbers in the optimizer's groups are read at every call, so schedulers work as
+    always; call them after the step.
+
+    Args:
+        model: The model, converted or not. A plain one is converted as by :func:`mpgraph.convert`;
+            ``step.model`` is the converted one, which shares its parameters.
+        optimizer: Any ``torch.optim.Optimizer`` over parameters of the model whose step needs no
+            closure.
+        loss_fn: Takes the model and a batch, returns the loss, a tuple that starts with it, or a
+            dict or object with ``loss`` in it. By default the model returns its own loss.
+        precision: As for :func:`mpgraph.convert`; by default "auto", or what a converted model has.
+        policy: As for :func:`mpgraph.convert`, where the model is not converted yet.
+        max_grad_norm: Clip gradients to this norm before the update.
+        accumulation_steps: Update after so many batches, with the mean of their gradients.
+        compile: Whether to compile the graph with Inductor; a string is a mode of
+            ``torch.compile``. False runs it node by node.
+        scale: In fp16, a :class:`mpgraph.LossScale` or the first scale.
+        check_finite: Skip steps with non-finite gradients in other precisions than fp16 as well.
+
+    Attributes:
+        model: The converted model, for evaluation, saving and printing.
+        optimizer: The optimizer.
+        last_step_skipped: Whether the last update was left out because a gradient was not finite.
+
+    Raises:
+        PrecisionError: Model and optimizer do not fit each other, or an argument is wrong.
+        CaptureError: At the first call: what cannot be captured, where, and what to do.
+
+    Example:
+        >>> import mpgraph, torch
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> step = mpgraph.TrainStep(
+        ...     model, optimizer, lambda model, x: model(x).float().square().mean(),
+        ...     precision="bf16", compile=False,
+        ... )
+        >>> step(torch.ones(3, 4)) > step(torch.ones(3, 4))
+        tensor(True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss_fn: LossFunction | None = None,
+        *,
+        precision: str | torch.dtype | None = None,
+        policy: Policy | str | Mapping[str, Any] | os.PathLike[str] = "default",
+        max_grad_norm: float | None = None,
+        accumulation_steps: int = 1,
+        compile: bool | str = True,
+        scale: LossScale | float | None = None,
+        check_finite: bool = False,
+    ) -> None:
+        _check_arguments(model, optimizer, loss_fn, accumulation_steps, max_grad_norm)
+        self.model = _converted(model, precision, policy)
+        self.optimizer = optimizer
+        self.loss_fn: LossFunction = loss_fn or models_own_loss
+        self.accumulation_steps = accumulation_steps
+        self._state: State = state_of(self.model)
+        self._compile = compiler_for(compile)
+        self._check_finite = check_finite or self._state.settings.scaled
+        self._guard(max_grad_norm, scale)
+        self._max_grad_norm = max_grad_norm
+        self._names = _parameter_names(self.model, optimizer)
+        self._batches = 0
+        self._sums: dict[str, torch.Tensor] = {}
+        self._gradients: dict[Any, Gradients] = {}
+        self._updates: dict[Any, Update | None] = {}
+        self._programs: dict[Any, Program] = {}
+        self.last_step_skipped: Any = False
+
+    def _guard(self, max_grad_norm: float | None, scale: LossScale | float | None) -> None:
+        """Guard the optimizer: for first steps, for its state_dict, and for loops around it."""
+        self._state.scale.is_written = True
+        if guard_of(self.optimizer) is not None:
+            raise PrecisionError(
+                "the optimizer is guarded already, and TrainStep checks and scales by itself. Pass "
+                "one that mpgraph.guard has not touched, and scale, max_grad_norm and check_finite "
+                "to TrainStep."
+            )
+        if self._check_finite:
+            guard(
+                self.optimizer, self.model, scale=scale, max_grad_norm=max_grad_norm,
+                check_finite=True,
+            )  # fmt: skip
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Take one step, or add one batch to it; what the loss function returned, detached."""
+        leaves, spec = flatten((args, kwargs))
+        is_last = self._batches + 1 == self.accumulation_steps
+        program = self._program(leaves, spec, is_last)
+        outputs = program(leaves) if program is not None else self._first_step(leaves, spec)
+        self._batches = 0 if is_last else self._batches + 1
+        if is_last:
+            self._note_step(outputs)
+        gradients = self._gradients[self._key(leaves, spec)]
+        return self._result(gradients, outputs["results"])
+
+    def _note_step(self, outputs: dict[str, Any]) -> None:
+        optimizer: Any = self.optimizer
+        optimizer._opt_called = True  # or schedulers warn that nothing has stepped yet
+        if "found_inf" in outputs:
+            optimizer.last_step_skipped = outputs["found_inf"]
+        self.last_step_skipped = getattr(optimizer, "last_step_skipped", False)
+        self._state.weights.clear()
+
+    def _result(self, gradients: Gradients, values: Sequence[Any]) -> Any:
+        count = sum(1 for _ in leaf_names(gradients.result))
+        start = count
+        for assigned in gradients.assigned:
+            size = sum(1 for _ in leaf_names(assigned.assignment.spec))
+            value = unflatten(assigned.assignment.spec, values[start : start + size])
+            table = assigned.module._buffers if assigned.assignment.is_buffer else vars(assigned.module)
+            table[assigned.assignment.name] = value
+            start += size
+        return unflatten(gradients.result, values[:count])
+
+    def _program(self, leaves: list[Any], spec: Spec, is_last: bool) -> Program | None:
+        """The graph for this batch, made if there is none; None for a first step."""
+        batch = self._key(leaves, spec)
+        key = (batch, self._layout() if is_last else None, is_last)
+        found = self._programs.get(key)
+        if found is not None and self._holds(key):
+            return found
+        gradients = self._traced(batch, leaves, spec)
+        update = self._traced_update(key, gradients) if is_last else None
+        if is_last and update is None:
+            return None
+        self._programs[key] = self._made(gradients, update, is_last, leaves)
+        return self._programs[key]
+
+    def _key(self, leaves: list[Any], spec: Spec) -> Any:
+        """What batches of one kind have in common."""
+        tree = self._state.tree(self.model)
+        kinds = [(t.dtype, t.shape, t.stride(), t.device, t.requires_grad) for t in leaves]
+        return spec, tuple(kinds), tree.training(), tree.version()
+
+    def _layout(self) -> Any:
+        """The optimizer's parameters, state and settings, as far as a graph depends on them."""
+        groups = [
+            (*map(id, group["params"]), *(v for v in group.values() if isinstance(v, (bool, int))))
+            for group in self.optimizer.param_groups
+        ]
+        state = self.optimizer.state
+        return tuple(groups), tuple(
+            [tuple(state.get(p, ())) for g in self.optimizer.param_groups for p in g["params"]]
+        )
+
+    def _holds(self, key: Any) -> bool:
+        update = self._updates.get(key)
+        if update is None:
+            return True
+        now = [slot.read() for slot in update.hyperparameters]  # type: ignore[misc]
+        return update.holds(now)
+
+    def _traced(self, batch: Any, leaves: list[Any], spec: Spec) -> Gradients:
+        if batch not in self._gradients:
+            self._refuse_hooks()
+            parameters = dict(_trained(self.optimizer, self._names))
+            self._gradients[batch] = trace_gradients(
+                self.model, self.loss_fn, parameters, leaves, spec, self.accumulation_steps
+            )
+        return self._gradients[batch]
+
+    def _traced_update(self, key: Any, gradients: Gradients) -> Update | None:
+        from mpgraph.step.joint import gradients_of
+
+        values = {n: g.meta["val"] for n, g in gradients_of(gradients.graph_module.graph).items()}
+        try:
+            update = trace_update(self.optimizer, self._names, values, gradients.mode)
+        except NewState:
+            update = None
+        self._updates[key] = update
+        return update
+
+    def _made(
+        self, gradients: Gradients, update: Update | None, is_last: bool, leaves: list[Any]
+    ) -> Program:
+        context = self._context(gradients, is_last)
+        gm, reports = assemble(gradients.graph_module, update, context)
+        names = flat_outputs(gm)
+        run = self._compile(gm, context, leaves)
+        return Program(gradients, gm, names, reports, run, writes=update is not None)
+
+    def _context(self, gradients: Gradients, is_last: bool) -> StepContext:
+        base = self._state.context()
+        return StepContext(
+            policy=base.policy,
+            compute=base.compute,
+            device=base.device,
+            strict=base.strict,
+            scaled=base.scaled,
+            max_grad_norm=self._max_grad_norm,
+            check_finite=self._check_finite,
+            sums=self._sum_slots(gradients) if self.accumulation_steps > 1 else {},
+            is_last=is_last,
+            scales=moving_scales(gradients.states),
+            equal=equal_counters(self.optimizer, self._names),
+        )
+
+    def _sum_slots(self, gradients: Gradients) -> dict[str, StepSlot]:
+        from mpgraph.step.joint import gradients_of
+
+        slots = {}
+        for name, node in gradients_of(gradients.graph_module.graph).items():
+            if name not in self._sums:
+                value = node.meta["val"]
+                self._sums[name] = torch.zeros(
+                    value.shape, dtype=value.dtype, device=value.device
+                )
+            slots[name] = StepSlot("sum", f"sum of gradient {name}", self._sum_reader(name))
+        return slots
+
+    def _sum_reader(self, name: str) -> Any:
+        return lambda: self._sums[name]
+
+    def _first_step(self, leaves: list[Any], spec: Spec) -> dict[str, Any]:
+        """A step whose update the optimizer makes itself, and with it its state."""
+        gradients = self._traced(self._key(leaves, spec), leaves, spec)
+        gm, reports = assemble(gradients.graph_module, None, self._context(gradients, True))
+        names = flat_outputs(gm)
+        outputs = Program(gradients, gm, names, reports, gm.forward, writes=False)(leaves)
+        parameters = {self._names[id(p)]: p for p in _parameters(self.optimizer)}
+        before = {name: p.grad for name, p in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                parameter.grad = outputs.get(name)
+            if self._max_grad_norm is not None and not self._check_finite:
+                nn.utils.clip_grad_norm_(parameters.values(), self._max_grad_norm)
+            self.optimizer.step()
+        finally:
+            for name, parameter in parameters.items():
+                parameter.grad = before[name]
+        return outputs
+
+    def _refuse_hooks(self) -> None:
+        hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+        if any(getattr(self.optimizer, name, None) for name in hooks):
+            raise CaptureError(
+                "the optimizer has step hooks, which a captured step would not call. Remove them "
+                "(their handle has .remove()) and do their work around the call of the step."
+            )
+        for name, parameter in _trained(self.optimizer, self._names):
+            if getattr(parameter, "_post_accumulate_grad_hooks", None):
+                raise CaptureError(
+                    f"parameter {name} has a post-accumulate-grad hook; TrainStep computes "
+                    "gradients without accumulating them. Remove it, or train with mpgraph.convert "
+                    "and mpgraph.guard."
+                )
+
+
+def _check_arguments(
+    model: Any, optimizer: Any, loss_fn: Any, accumulation_steps: Any, max_grad_norm: Any
+) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise PrecisionError(
+            "TrainStep takes the model, then the optimizer: expected a torch.optim.Optimizer, "
+            f"found {type(optimizer).__name__}"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise PrecisionError(
+            "LBFGS evaluates the loss several times in one step, as often as its line search "
+            "asks for, so there is no one graph of a step. Use mpgraph.convert and "
+            "optimizer.step(closure)."
+        )
+    if loss_fn is not None and not callable(loss_fn):
+        raise PrecisionError(
+            f"loss_fn must be a function of the model and a batch, found {type(loss_fn).__name__}"
+        )
+    if not isinstance(accumulation_steps, int) or accumulation_steps < 1:
+        raise PrecisionError(
+            f"accumulation_steps must be an integer from 1, found {accumulation_steps!r}"
+        )
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise PrecisionError(f"max_grad_norm must be positive, found {max_grad_norm}")
+
+
+def _converted(model: Any, precision: Any, policy: Any) -> nn.Module:
+    is_converted = isinstance(model, MixedPrecision) and STATE in vars(model)
+    if is_converted and precision is None:
+        return cast(nn.Module, model)
+    return convert(model, "auto" if precision is None else precision, policy=policy)
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
+    return (p for group in optimizer.param_groups for p in group["params"])
+
+
+def _trained(optimizer: Optimizer, names: dict[int, str]) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((names[id(p)], p) for p in _parameters(optimizer) if p.requires_grad)
+
+
+def _parameter_names(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
+    """By identity, the name of each of the optimizer's parameters."""
+    known = {id(p): name for name, p in model.named_parameters()}
+    names = {}
+    for index, parameter in enumerate(_parameters(optimizer)):
+        names[id(parameter)] = known.get(id(parameter), f"parameter {index} of the optimizer")
+    if names and not any(key in known for key in names):
+        raise PrecisionError(
+            f"the optimizer holds none of the parameters of {type(model).__name__}. Make it from "
+            "the model's parameters: torch.optim.AdamW(model.parameters(), ...)"
+        )
+    return names
+
+
+__all__ = ["TrainStep", "step_slots"]

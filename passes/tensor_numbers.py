@@ -1,0 +1,226 @@
+"""Replace the Python numbers of an update by tensors, so that nothing in it is for the host."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from mpgraph import ir
+from mpgraph.errors import CaptureError
+from mpgraph.infer import run_on_values
+from mpgraph.pipeline import graph_pass
+from mpgraph.step.joint import StepContext
+
+aten = torch.ops.aten
+
+
+@graph_pass(numerics="rounds")
+def tensor_numbers(graph: fx.Graph, context: StepContext) -> int:
+    """Compute with 0-dimensional float64 tensors where an update computes with Python numbers.
+
+    A number that is an input (a learning rate) becomes an input tensor; ``.item()`` of a step
+    counter becomes the counter; arithmetic stays in float64, as in Python. An operator that takes
+    such a number takes the tensor instead, rounded once to the dtype that its kernel computes in.
+
+    Raises:
+        CaptureError: An operator takes a number where no tensor can stand.
+    """
+    edits = 0
+    numbers: dict[fx.Node, fx.Node] = {}
+    rounded: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "placeholder":
+            if isinstance(node.meta["val"], torch.SymFloat):
+                _make_input(node, context)
+                numbers[node] = node
+                edits += 1
+            continue
+        if node.op != "call_function" or not _is_concerned(node, numbers):
+            continue
+        editor = _Editor(graph, node, numbers, rounded)
+        if node.target is aten._local_scalar_dense.default:
+            numbers[node] = editor.call(aten._to_copy.default, node.args[0], dtype=torch.float64)
+        elif node.target in _ARITHMETIC:
+            numbers[node] = editor.arithmetic()
+        else:
+            node.replace_all_uses_with(editor.operator())
+        edits += 1
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and isinstance(
+            node.meta.get("val"), (torch.SymFloat, float)
+        ):
+            graph.erase_node(node)
+    return edits
+
+
+def _make_input(node: fx.Node, context: StepContext) -> None:
+    mode = next(
+        n.meta["val"].fake_mode
+        for n in node.graph.nodes
+        if isinstance(n.meta.get("val"), torch.Tensor)
+    )
+    with mode:
+        node.meta["val"] = torch.empty((), dtype=torch.float64, device=context.device)
+
+
+def _is_concerned(node: fx.Node, numbers: dict[fx.Node, fx.Node]) -> bool:
+    if node.target is aten._local_scalar_dense.default:
+        return True
+    return any(argument in numbers for argument in node.all_input_nodes)
+
+
+_ARITHMETIC: dict[Any, tuple[Any, Any, Any]] = {
+    # Both tensors; the first a plain number; the second a plain number.
+    operator.add: (aten.add.Tensor, aten.add.Tensor, aten.add.Tensor),
+    operator.sub: (aten.sub.Tensor, aten.rsub.Scalar, aten.sub.Tensor),
+    operator.mul: (aten.mul.Tensor, aten.mul.Tensor, aten.mul.Tensor),
+    operator.truediv: (aten.div.Tensor, None, aten.div.Tensor),
+    operator.pow: (aten.pow.Tensor_Tensor, aten.pow.Scalar, aten.pow.Tensor_Scalar),
+    torch.sym_max: (aten.maximum.default, aten.clamp.default, aten.clamp.default),
+    torch.sym_min: (aten.minimum.default, aten.clamp.default, aten.clamp.default),
+    operator.neg: (aten.neg.default, None, None),
+    torch.sym_float: (aten.alias.default, None, None),
+    torch._sym_sqrt: (aten.sqrt.default, None, None),
+}  # fmt: skip
+
+
+class _Editor:
+    """Puts nodes before one that computes with numbers."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        node: fx.Node,
+        numbers: dict[fx.Node, fx.Node],
+        rounded: dict[Any, fx.Node],
+    ) -> None:
+        self.graph, self.node, self.numbers, self.rounded = graph, node, numbers, rounded
+
+    def call(self, target: OpOverload, *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node with its value."""
+        with self.graph.inserting_before(self.node):
+            made = self.graph.call_function(target, args, kwargs)
+        made.meta = {"part": self.node.meta.get("part", "update")}
+        made.meta["val"] = run_on_values(made)
+        return made
+
+    def arithmetic(self) -> fx.Node:
+        """The same arithmetic on tensors."""
+        args = [self.numbers.get(a, a) for a in self.node.args]  # type: ignore[arg-type]
+        both, first, second = _ARITHMETIC[self.node.target]
+        if len(args) == 1 or all(isinstance(a, fx.Node) for a in args):
+            return self.call(both, *args)
+        a, b = args
+        if self.node.target in (torch.sym_max, torch.sym_min):
+            number, tensor = (b, a) if isinstance(a, fx.Node) else (a, b)
+            bound = "min" if self.node.target is torch.sym_max else "max"
+            return self.call(aten.clamp.default, tensor, **{bound: number})
+        if isinstance(a, fx.Node):
+            return self.call(second, a, b)
+        if self.node.target is operator.truediv:
+            return self.call(aten.mul.Tensor, self.call(aten.reciprocal.default, b), a)
+        if self.node.target is operator.sub:
+            return self.call(first, b, a)
+        if self.node.target is operator.pow:
+            return self.call(first, a, b)
+        return self.call(first, b, a)
+
+    def number(self, value: Any) -> Any:
+        """A number as the kernel of the node would take it: a tensor where it is one."""
+        if not (isinstance(value, fx.Node) and value in self.numbers):
+            return value
+        dtype = self._computes_in()
+        tensor = self.numbers[value]
+        if (tensor, dtype) not in self.rounded:
+            cast = self.call(aten._to_copy.default, tensor, dtype=dtype)
+            # Read from memory, not computed anew for every element: Inductor realises it here.
+            self.rounded[tensor, dtype] = self.call(aten.as_strided.default, cast, [], [])
+        return self.rounded[tensor, dtype]
+
+    def _computes_in(self) -> torch.dtype:
+        dtypes = [d for n in self.node.all_input_nodes if (d := ir.dtype_of(n)) is not None and n not in self.numbers]
+        dtype = dtypes[0] if dtypes else torch.float32
+        return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+    def operator(self) -> fx.Node:
+        """The operator with tensors in place of numbers."""
+        rewrite = _REWRITES.get(self.node.target)
+        if rewrite is None:
+            raise CaptureError(
+                f"the optimizer's update calls {ir.operator_name(self.node)} with a number that "
+                "changes from step to step, and mpgraph knows no form of it that takes a tensor. "
+                "TrainStep(..., compile=False) runs it; please report the optimizer."
+            )
+        made = rewrite(self, *self.node.args, **self.node.kwargs)
+        value = self.node.meta["val"]
+        if made.meta["val"].dtype is not value.dtype:
+            made = self.call(aten._to_copy.default, made, dtype=value.dtype)
+        return made
+
+
+def _binary(target: OpOverload) -> Callable[..., fx.Node]:
+    def rewrite(edit: _Editor, a: Any, b: Any) -> fx.Node:
+        return edit.call(target, a, edit.number(b))
+
+    return rewrite
+
+
+def _sum(target: OpOverload) -> Callable[..., fx.Node]:
+    def rewrite(edit: _Editor, a: Any, b: Any, alpha: Any = 1) -> fx.Node:
+        alpha = edit.number(alpha)
+        if isinstance(alpha, fx.Node):
+            return edit.call(target, a, edit.call(aten.mul.Tensor, edit.number(b), alpha))
+        return edit.call(target, a, edit.number(b), alpha=alpha)
+
+    return rewrite
+
+
+def _fused(inner: OpOverload) -> Callable[..., fx.Node]:
+    def rewrite(edit: _Editor, a: Any, b: Any, c: Any, value: Any = 1) -> fx.Node:
+        product = edit.call(aten.mul.Tensor, edit.number(value), b)
+        return edit.call(aten.add.Tensor, a, edit.call(inner, product, c))
+
+    return rewrite
+
+
+def _lerp(edit: _Editor, a: Any, b: Any, weight: Any) -> fx.Node:
+    return edit.call(aten.lerp.Tensor, a, b, edit.number(weight))
+
+
+def _clamp(edit: _Editor, a: Any, low: Any = None, high: Any = None, **bounds: Any) -> fx.Node:
+    low, high = bounds.get("min", low), bounds.get("max", high)
+    for bound, choose in ((low, aten.maximum.default), (high, aten.minimum.default)):
+        if isinstance(bound := edit.number(bound), fx.Node):
+            a = edit.call(choose, a, bound)
+        elif bound is not None:
+            name = "min" if choose is aten.maximum.default else "max"
+            a = edit.call(aten.clamp.default, a, **{name: bound})
+    return a
+
+
+def _reversed_sub(edit: _Editor, a: Any, b: Any, alpha: Any = 1) -> fx.Node:
+    product = edit.call(aten.mul.Tensor, a, edit.number(alpha)) if alpha != 1 else a
+    return edit.call(aten.sub.Tensor, edit.number(b), product)
+
+
+_REWRITES: dict[Any, Callable[..., fx.Node]] = {
+    aten.mul.Tensor: _binary(aten.mul.Tensor),
+    aten.mul.Scalar: _binary(aten.mul.Tensor),
+    aten.div.Tensor: _binary(aten.div.Tensor),
+    aten.div.Scalar: _binary(aten.div.Tensor),
+    aten.add.Tensor: _sum(aten.add.Tensor),
+    aten.add.Scalar: _sum(aten.add.Tensor),
+    aten.sub.Tensor: _sum(aten.sub.Tensor),
+    aten.sub.Scalar: _sum(aten.sub.Tensor),
+    aten.rsub.Scalar: _reversed_sub,
+    aten.pow.Tensor_Scalar: _binary(aten.pow.Tensor_Tensor),
+    aten.addcmul.default: _fused(aten.mul.Tensor),
+    aten.addcdiv.default: _fused(aten.div.Tensor),
+    aten.lerp.Scalar: _lerp,
+    aten.clamp.default: _clamp,
+}
