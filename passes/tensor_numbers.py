@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -64,6 +65,7 @@ def _make_input(node: fx.Node, context: StepContext) -> None:
         for n in node.graph.nodes
         if isinstance(n.meta.get("val"), torch.Tensor)
     )
+    node.meta["slot"] = dataclasses.replace(node.meta["slot"], dtype=torch.float64)
     with mode:
         node.meta["val"] = torch.empty((), dtype=torch.float64, device=context.device)
 

@@ -70,15 +70,19 @@ class Ways:
         batch = [v.to(DTYPES[self.precision]) if v.is_floating_point() else v for v in self.batch]
         return self._step(model, None, torch.compile(model), batch=batch)
 
-    def train_step(self) -> Step:
+    def train_step(self, compile: bool | str = True) -> Step:
         """The whole step as one graph."""
         model = copy.deepcopy(self.model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         policy = f"autocast-{self.device}"
         step = mpgraph.TrainStep(
-            model, optimizer, self.loss, precision=self.precision, policy=policy
+            model, optimizer, self.loss, precision=self.precision, policy=policy, compile=compile
         )
         return lambda: step(*self.batch)
+
+    def replayed_step(self) -> Step:
+        """The same, replayed as a CUDA graph."""
+        return self.train_step("reduce-overhead")
 
     def _guarded(self, compiler: Callable[..., Any] | None) -> Step:
         policy = f"autocast-{self.device}"
@@ -120,6 +124,7 @@ _METHODS = {
     "mpgraph": "convert",
     "compile + mpgraph": "compiled_convert",
     "TrainStep": "train_step",
+    "TrainStep, replayed": "replayed_step",
     "compile, pure 16-bit": "pure",
 }
 

@@ -37,7 +37,11 @@ AFTER_UPDATE: tuple[GraphPass, ...] = (update_masters, remove_dead)
 
 
 def assemble(
-    gradients: fx.GraphModule, update: Update | None, context: StepContext
+    gradients: fx.GraphModule,
+    update: Update | None,
+    context: StepContext,
+    *,
+    checked: bool = True,
 ) -> tuple[fx.GraphModule, list[PassReport]]:
     """One graph for one batch: all of a step, or what there is to do before the update.
 
@@ -46,9 +50,10 @@ def assemble(
         update: The optimizer's update; None where the optimizer makes it itself, or where more
             batches follow.
         context: What the passes know.
+        checked: Whether to clip and check gradients; False where the optimizer's guard does.
     """
     gm = copied(gradients)
-    before = BEFORE_UPDATE if update is not None else BEFORE_UPDATE[:1]
+    before = BEFORE_UPDATE if checked and context.is_last else BEFORE_UPDATE[:1]
     reports = run_passes(gm, before, context)
     if update is not None:
         _append_update(gm.graph, update)

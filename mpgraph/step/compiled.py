@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._guards import TracingContext, tracing
+from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpgraph.errors import PrecisionError
 from mpgraph.passes.remove_dead import remove_dead
@@ -14,12 +19,11 @@ from mpgraph.passes.share_counters import share_counters
 from mpgraph.passes.tensor_numbers import tensor_numbers
 from mpgraph.pipeline import GraphPass, run_passes
 from mpgraph.step.joint import StepContext
-from mpgraph.step.program import values_of
+from mpgraph.step.partition import SEED, Half, Source, cut
 from mpgraph.step.slots import step_slots
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 Run = Callable[..., Sequence[Any]]
-Compile = Callable[[fx.GraphModule, StepContext, Sequence[Any]], Run]
 
 COMPILED_PASSES: tuple[GraphPass, ...] = (
     tensor_numbers,
@@ -28,70 +32,135 @@ COMPILED_PASSES: tuple[GraphPass, ...] = (
 )
 
 
-def compiler_for(compile: bool | str) -> Compile:
-    """From ``TrainStep(compile=...)`` to what makes a graph runnable."""
-    if compile is False:
-        return _node_by_node
-    mode = "default" if compile is True else compile
-    if mode not in MODES:
-        raise PrecisionError(
-            f"compile must be True, False or a mode of torch.compile ({', '.join(MODES)}), found "
-            f"{compile!r}"
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """How to run a step's graph.
+
+    Attributes:
+        inductor: Whether Inductor compiles it; else it runs node by node.
+        options: Inductor's configuration.
+        replayed: Whether to replay its launches as a CUDA graph.
+        fused: Whether optimizers that have a fused kernel use it, instead of an update that
+            Inductor generates: that reads 16-bit gradients and saves memory traffic, but takes
+            long to compile.
+    """
+
+    inductor: bool = True
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    replayed: bool = False
+    fused: bool = True
+
+    @classmethod
+    def of(cls, compile: bool | str) -> Backend:
+        """What ``TrainStep(compile=...)`` asks for.
+
+        Raises:
+            PrecisionError: It is no mode of ``torch.compile``.
+        """
+        if compile is False:
+            return cls(inductor=False, fused=False)
+        mode = "default" if compile is True else compile
+        if mode not in MODES:
+            raise PrecisionError(
+                f"compile must be True, False or a mode of torch.compile ({', '.join(MODES)}), "
+                f"found {compile!r}"
+            )
+        tuned = mode.startswith("max-autotune")
+        return cls(
+            options={"max_autotune": True} if tuned else {},
+            replayed=mode in ("reduce-overhead", "max-autotune"),
+            fused=not tuned,
         )
-    return _inductor
+
+    def compiled(self, gm: fx.GraphModule, context: StepContext, mode: FakeTensorMode) -> Run:
+        """Make a graph runnable: it takes one value per input."""
+        if not self.inductor:
+            run: Run = gm.forward
+            return run
+        run_passes(gm, COMPILED_PASSES, context)
+        static = [i for i, slot in enumerate(step_slots(gm.graph)) if slot.read is not None]
+        return Halves(*cut(gm, mode, static), self.options)
 
 
-def _node_by_node(gm: fx.GraphModule, context: StepContext, leaves: Sequence[Any]) -> Run:
-    run: Run = gm.forward
-    return run
+class Halves:
+    """The forward and the backward half of a step, compiled by Inductor."""
+
+    def __init__(self, forward: Half, backward: Half, options: Mapping[str, Any]) -> None:
+        self.forward, self.backward = forward, backward
+        with torch.no_grad():
+            strides: list[Any] = []
+            self._first = _compile(forward, forward.values, options, strides, backward=False)
+            values = _restrided(forward, backward, strides)
+            self._second = _compile(backward, values, options, [], backward=True)
+        seed = backward.values[backward.sources.index(SEED)] if SEED in backward.sources else None
+        self._seed = None if seed is None else torch.ones((), dtype=seed.dtype, device=seed.device).expand(seed.shape).clone()
+        self._count = 1 + max(
+            i for k, i in (*forward.results, *backward.results) if k == "output"
+        )
+
+    def __call__(self, *values: Any) -> Sequence[Any]:
+        """One step, with these values of its inputs."""
+        found: list[Any] = [None] * self._count
+        kept: dict[str, Any] = {}
+        returned = self._first([values[i] for _, i in self.forward.sources])
+        for (kind, name), value in zip(self.forward.results, returned, strict=True):
+            if kind == "output":
+                found[name] = value
+            else:
+                kept[name] = value
+        del returned
+        # The compiled code frees what it has been given as soon as it can; nothing else holds it.
+        arguments = [self._argument(source, values, kept) for source in self.backward.sources]
+        kept.clear()
+        returned = self._second(arguments)
+        for (_, place), value in zip(self.backward.results, returned, strict=True):
+            found[place] = value
+        return found
+
+    def _argument(self, source: Source, values: Sequence[Any], kept: dict[str, Any]) -> Any:
+        kind, name = source
+        if kind == "input":
+            return values[name]
+        return kept.pop(name) if kind == "kept" else self._seed
 
 
-def _inductor(gm: fx.GraphModule, context: StepContext, leaves: Sequence[Any]) -> Run:
-    run_passes(gm, COMPILED_PASSES, context)
-    slots = step_slots(gm.graph)
-    numbers = [i for i, slot in enumerate(slots) if slot.kind == "hyperparameter"]
-    held = _Numbers(numbers, context.device)
-    values = held.put(values_of(slots, leaves))
-    with torch.no_grad():
-        compiled: Any = torch._inductor.compile(_bare(gm), values)
+def _compile(
+    half: Half,
+    values: Sequence[Any],
+    options: Mapping[str, Any],
+    strides: list[Any],
+    *,
+    backward: bool,
+) -> Callable[[list[Any]], Sequence[Any]]:
+    """Compile one half; ``strides`` is filled with those of its results."""
+    fixed = [i for i, (kind, _) in enumerate(half.sources) if kind == "input"]
+    mode = next(v.fake_mode for v in values if isinstance(v, torch.Tensor))
+    context = TracingContext(mode)
+    half.graph_module.graph.output_node().meta["user_visible_output_idxs"] = []
+    with (
+        mode,
+        tracing(context),
+        TracingContext.report_output_strides() as reported,
+        inductor_config.patch(dict(options)),
+        torch._C._DisableAutocast(),
+    ):
+        compiled: Any = compile_fx_inner(
+            half.graph_module, [*values], static_input_idxs=fixed, is_backward=backward
+        )
+        strides.extend(reported or [])
+    return cast("Callable[[list[Any]], Sequence[Any]]", compiled)
 
-    def run(*given: Any) -> Sequence[Any]:
-        return compiled(*held.put(list(given)))  # type: ignore[no-any-return]
 
-    return run
-
-
-def _bare(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy without what the trace has noted at its nodes: a backend traces anew."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, copies))
-    for node in graph.nodes:
-        node.meta = {}
-    return fx.GraphModule(gm, graph)
-
-
-class _Numbers:
-    """Hyperparameters as tensors on the device, written only when they change."""
-
-    def __init__(self, places: Sequence[int], device: str) -> None:
-        self._places, self._device = places, device
-        self._tensors: dict[int, torch.Tensor] = {}
-        self._values: dict[int, float] = {}
-
-    def put(self, values: list[Any]) -> list[Any]:
-        """Put tensors in the place of the numbers."""
-        for place in self._places:
-            value = values[place]
-            if isinstance(value, torch.Tensor):
-                continue
-            if place not in self._tensors:
-                self._tensors[place] = torch.tensor(
-                    value, dtype=torch.float64, device=self._device
+def _restrided(forward: Half, backward: Half, strides: list[Any]) -> list[Any]:
+    """The values of the backward half's inputs, as the compiled forward half lays them out."""
+    laid = dict(zip((name for _, name in forward.results), strides, strict=False))
+    values = []
+    for (kind, name), value in zip(backward.sources, backward.values, strict=True):
+        stride = laid.get(name) if kind == "kept" else None
+        if stride is not None and tuple(value.stride()) != tuple(map(int, stride)):
+            with value.fake_mode:
+                value = torch.empty_strided(
+                    value.shape, [*map(int, stride)], dtype=value.dtype, device=value.device
                 )
-                self._values[place] = value
-            elif self._values[place] != value:
-                self._tensors[place].fill_(value)
-                self._values[place] = value
-            values[place] = self._tensors[place]
-        return values
+        values.append(value)
+    return values

@@ -11,8 +11,12 @@ from torch import fx
 
 from mpgraph.notes import add_place
 from mpgraph.pipeline import PassReport
+from mpgraph.step.replay import Replayed
 from mpgraph.step.slots import StepSlot, step_slots
 from mpgraph.step.trace_gradients import Gradients
+from mpgraph.step.trace_update import Update
+
+Run = Callable[..., Sequence[Any]]
 
 
 @dataclasses.dataclass
@@ -22,38 +26,45 @@ class Program:
     Attributes:
         gradients: The traced loss that the graph is made of.
         graph_module: The graph, for people and for a backend.
-        names: What the graph returns.
         reports: What each pass over the whole step did.
-        run: Takes one value per input.
-        writes: Whether the graph updates parameters: only then do they change.
+        update: The optimizer's update, in the graph or after it; None where the graph has none.
+        launch: What is run: the graph, and maybe the optimizer's fused kernels after it.
+        numbers: On which device numbers are tensors; None where they stay numbers.
+        replayed: Whether to replay it as a CUDA graph.
     """
 
     gradients: Gradients
     graph_module: fx.GraphModule
-    names: list[str]
     reports: list[PassReport]
-    run: Callable[..., Sequence[Any]]
-    writes: bool
+    update: Update | None
+    launch: Launch
+    numbers: str | None = None
+    replayed: bool = False
 
     def __post_init__(self) -> None:
-        self.slots = step_slots(self.graph_module.graph)
-        self._written = [
-            i for i, slot in enumerate(self.slots) if self.writes and slot.kind == "parameter"
-        ]
+        slots = self.launch.slots
+        self._written = [i for i, slot in enumerate(slots) if slot.kind == "parameter"]
+        self._tensors = Numbers(slots, self.numbers)
+        self._run: Run = self.launch.run
+        if self.replayed:
+            batch = [i for i, slot in enumerate(slots) if slot.read is None]
+            self._run = Replayed(self._run, batch)
 
     def __call__(self, leaves: Sequence[Any]) -> dict[str, Any]:
         """Run it; what it returns, by name: "results" is a list."""
-        values = values_of(self.slots, leaves)
+        values = [
+            leaves[slot.index] if slot.read is None else slot.read() for slot in self.launch.slots
+        ]
         try:
             with torch.no_grad():
-                returned = self.run(*values)
+                returned = self._run(*self._tensors.put(values))
         except Exception as error:
             add_place(error, self.graph_module)
             raise
-        if self._written:
+        if self.update is not None:
             torch.autograd.graph.increment_version([values[i] for i in self._written])
         found: dict[str, Any] = {"results": []}
-        for name, value in zip(self.names, returned, strict=True):
+        for name, value in zip(self.launch.names, returned, strict=True):
             if name == "results":
                 found["results"].append(value)
             else:
@@ -61,6 +72,59 @@ class Program:
         return found
 
 
-def values_of(slots: Sequence[StepSlot], leaves: Sequence[Any]) -> list[Any]:
-    """The value of every input of a step's graph, now."""
-    return [leaves[slot.index] if slot.read is None else slot.read() for slot in slots]
+@dataclasses.dataclass
+class Launch:
+    """Something to run: what its arguments stand for, and what it returns."""
+
+    run: Run
+    slots: list[StepSlot]
+    names: list[str]
+
+
+def with_fused_update(first: Launch, update: Update) -> Launch:
+    """Run a graph that returns gradients, then an optimizer's fused kernels on them."""
+    taken = step_slots(update.graph_module.graph)
+    others = [slot for slot in taken if slot.kind != "gradient"]
+    count = len(first.slots)
+    place = {slot.name: count + i for i, slot in enumerate(others)}
+    from_first = {name: i for i, name in enumerate(first.names)}
+    sources = [
+        (slot.kind == "gradient", (from_first if slot.kind == "gradient" else place)[slot.name])
+        for slot in taken
+    ]
+    kept = [i for i, name in enumerate(first.names) if name in ("results", "found_inf", "norm")]
+    apply = update.graph_module.forward
+
+    def run(*values: Any) -> Sequence[Any]:
+        outputs = first.run(*values[:count])
+        apply(*[outputs[i] if is_gradient else values[i] for is_gradient, i in sources])
+        return [outputs[i] for i in kept]
+
+    return Launch(run, [*first.slots, *others], [first.names[i] for i in kept])
+
+
+class Numbers:
+    """Hyperparameters as tensors on the device, written only when they change."""
+
+    def __init__(self, slots: Sequence[StepSlot], device: str | None) -> None:
+        self._places = [
+            i for i, slot in enumerate(slots) if device and slot.kind == "hyperparameter"
+        ]
+        self._device = device
+        self._dtypes = {i: slots[i].dtype for i in self._places}
+        self._tensors: dict[int, torch.Tensor] = {}
+        self._values: dict[int, float] = {}
+
+    def put(self, values: list[Any]) -> list[Any]:
+        """Put tensors in the place of the numbers."""
+        for place in self._places:
+            value, dtype = values[place], self._dtypes[place]
+            if isinstance(value, torch.Tensor) or dtype is None:
+                continue
+            if place not in self._tensors:
+                self._tensors[place] = torch.tensor(value, dtype=dtype, device=self._device)
+            elif self._values[place] != value:
+                self._tensors[place].fill_(value)
+            self._values[place] = value
+            values[place] = self._tensors[place]
+        return values

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from mpgraph.capture.breaks import line_of_error
 from mpgraph.errors import CaptureError
+from mpgraph.precision import logger
 from mpgraph.step.slots import StepSlot, place_name
 
 
@@ -41,11 +42,14 @@ class Update:
             every parameter and state tensor, as a dict by slot name; nothing is written.
         hyperparameters: The numbers that it reads from the parameter groups.
         holds: Whether the graph holds for these values of them.
+        is_fused: It calls the optimizer's fused kernels, which write parameters and state
+            themselves; the graph returns nothing.
     """
 
     graph_module: fx.GraphModule
     hyperparameters: list[StepSlot]
     holds: Callable[[Sequence[float]], bool]
+    is_fused: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +90,41 @@ def trace_update(
     raise CaptureError(_untraceable(optimizer, failure)) from failure
 
 
+def trace_fused_update(
+    optimizer: Optimizer,
+    names: dict[int, str],
+    gradients: dict[str, torch.Tensor],
+    mode: FakeTensorMode,
+    *,
+    checked: bool,
+    lr_tensor: bool,
+) -> Update | None:
+    """Trace ``optimizer.step()`` by the optimizer's own fused kernels; None if it has none here.
+
+    The graph writes parameters and state itself. With ``checked``, it takes the flag "found_inf"
+    last, by which the kernels leave everything as it is. With ``lr_tensor``, learning rates are
+    float32 tensors.
+
+    Raises:
+        NewState: The update would make state that is not there yet.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    is_known = type(optimizer).__module__.startswith("torch.optim")
+    has_kernel = is_known and all("fused" in group for group in optimizer.param_groups)
+    if not has_kernel or any(p.layout is not torch.strided or p.is_complex() for p in parameters):
+        return None
+    try:
+        return _Tracing(
+            optimizer, names, gradients, mode, False, fused=True, checked=checked,
+            lr_tensor=lr_tensor,
+        ).run()  # fmt: skip
+    except (CaptureError, NewState):
+        raise
+    except Exception as error:
+        logger.debug("no fused update: %s", error)
+        return None
+
+
 def hyperparameters(optimizer: Optimizer) -> list[Place]:
     """Every floating-point number, and every tensor, in the parameter groups."""
     found = []
@@ -124,6 +163,23 @@ def state_tensors(optimizer: Optimizer, names: dict[int, str]) -> list[tuple[Any
     return found
 
 
+def counters_to_device(optimizer: Optimizer) -> None:
+    """Move state without dimensions, such as step counters, to where its parameter is.
+
+    So that nothing in a step is for the host. ``capturable`` tells torch.optim about it.
+    """
+    for group in optimizer.param_groups:
+        moved = False
+        for parameter in group["params"]:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                is_counter = isinstance(value, torch.Tensor) and value.dim() == 0
+                if is_counter and value.device != parameter.device:
+                    optimizer.state[parameter][key] = value.to(parameter.device)
+                    moved = True
+        if moved and "capturable" in group:
+            group["capturable"] = True
+
+
 def equal_counters(optimizer: Optimizer, names: dict[int, str]) -> tuple[frozenset[str], ...]:
     """The names of state tensors without dimensions that hold equal numbers, by key and value."""
     groups: dict[Any, set[str]] = {}
@@ -152,8 +208,13 @@ class _Tracing:
         gradients: dict[str, torch.Tensor],
         mode: FakeTensorMode,
         capturable: bool,
+        *,
+        fused: bool = False,
+        checked: bool = False,
+        lr_tensor: bool = False,
     ) -> None:
         self.optimizer, self.names, self.capturable = optimizer, names, capturable
+        self.fused, self.checked, self.lr_tensor = fused, checked, lr_tensor
         self.mode = mode
         self.shapes = cast(ShapeEnv, mode.shape_env)
         self.parameters = {
@@ -169,13 +230,14 @@ class _Tracing:
             warnings.simplefilter("ignore")
             numbers = [self._number(place, i) for i, place in enumerate(self.hyper)]
             with _compiling(self.capturable), _symbolic_builtins(type(self.optimizer)):
-                written = make_fx(self._step, _allow_non_fake_inputs=True)(*self._inputs(numbers))
-            # A second time: some composite operators are not opened where writes are taken out.
-            traced: Any = torch.func.functionalize(written, remove="mutations")
-            gm = make_fx(traced, _allow_non_fake_inputs=True)(*self._inputs(numbers))
+                gm = make_fx(self._step, _allow_non_fake_inputs=True)(*self._inputs(numbers))
+            if not self.fused:
+                # A second time: composite operators are not all opened where writes are taken out.
+                traced: Any = torch.func.functionalize(gm, remove="mutations")
+                gm = make_fx(traced, _allow_non_fake_inputs=True)(*self._inputs(numbers))
         self._refuse_own_tensors(gm)
         self._label(gm, numbers)
-        return Update(gm, [place.slot for place in self.hyper], self._guards(numbers))
+        return Update(gm, [place.slot for place in self.hyper], self._guards(numbers), self.fused)
 
     def _inputs(self, numbers: list[Any]) -> list[Any]:
         tensors = (
@@ -183,7 +245,11 @@ class _Tracing:
             *self.gradients.values(),
             *(place.value for _, _, place in self.states),
         )
-        return [*map(self._fake, tensors), *numbers]
+        flag = [torch.zeros((), device=self._device())] if self.checked else []
+        return [*map(self._fake, tensors), *numbers, *flag]
+
+    def _device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
 
     def _fake(self, value: Any) -> torch.Tensor:
         """A new one each time: what is traced is told apart by it."""
@@ -195,6 +261,8 @@ class _Tracing:
         """A number that the graph takes as an input."""
         if isinstance(place.value, torch.Tensor):
             return self._fake(place.value)
+        if self.lr_tensor and place.slot.name.startswith("lr of "):
+            return torch.empty((), device=self._device())
         source = ConstantSource(f"hyperparameter_{index}")
         symbol = self.shapes.create_unspecified_symbol(
             place.value, source=source, dynamic_dim=DimDynamic.DYNAMIC
@@ -207,11 +275,14 @@ class _Tracing:
         fakes = {name: next(given) for name in self.parameters}
         gradients = [next(given) for _ in self.gradients]
         states = [next(given) for _ in self.states]
-        numbers = [*given]
+        numbers = [next(given) for _ in self.hyper]
+        flag = [*given]
         for name, gradient in zip(self.gradients, gradients, strict=True):
             fakes[name].grad = gradient
         shadow = self._shadow(fakes, states, numbers)
         before = _plain_values(shadow)
+        if flag:
+            shadow.grad_scale, shadow.found_inf = None, flag[0]
         step = type(self.optimizer).step
         with torch.no_grad():
             getattr(step, "__wrapped__", step)(shadow)
@@ -252,10 +323,8 @@ class _Tracing:
                 new[key] = type(value)(items)
             else:
                 new[key] = next(numbers) if _is_hyper(value) else value
-        for key in ("foreach", "fused", "capturable"):
-            if key in new:
-                new[key] = self.capturable if key == "capturable" else False
-        return new
+        flags = {"foreach": False, "fused": self.fused, "capturable": self.capturable}
+        return {**new, **{key: flag for key, flag in flags.items() if key in new}}
 
     def _refuse_changed_numbers(self, before: dict[str, Any], after: dict[str, Any]) -> None:
         for name, value in after.items():
@@ -285,19 +354,26 @@ class _Tracing:
             *(StepSlot("gradient", name) for name in self.gradients),
             *(place.slot for _, _, place in self.states),
             *(place.slot for place in self.hyper),
+            *([StepSlot("gradient", "found_inf")] if self.checked else []),
         ]
         placeholders = list(gm.graph.find_nodes(op="placeholder"))
         for node, slot in zip(placeholders, places, strict=True):
-            node.meta["slot"] = slot
+            is_lr_tensor = self.lr_tensor and slot.name.startswith("lr of ")
+            dtype = torch.float32 if is_lr_tensor else None
+            node.meta["slot"] = dataclasses.replace(slot, dtype=dtype)
             node.name = place_name(slot)
-        for node, number in zip(placeholders[len(placeholders) - len(numbers) :], numbers, strict=True):
-            node.meta.setdefault("val", number)
+        by_slot = dict(zip((place.slot.name for place in self.hyper), numbers, strict=True))
+        for node in placeholders:
+            if node.meta["slot"].kind == "hyperparameter":
+                node.meta["val"] = by_slot[node.meta["slot"].name]
         output = gm.graph.output_node()
         returned = cast(Sequence[fx.Node], output.args[0])
         output.args = (dict(zip(self.results, returned, strict=True)),)
-        for node in [*gm.graph.nodes]:
+        for node in [] if self.fused else [*gm.graph.nodes]:
             if node.target is torch.ops.aten.copy_.default and not node.users:
                 gm.graph.erase_node(node)
+        if self.fused:
+            output.args = ({},)
         gm.recompile()
 
     def _guards(self, numbers: list[Any]) -> Callable[[Sequence[float]], bool]:

@@ -18,13 +18,20 @@ from mpgraph.module import MixedPrecision, State, state_of
 from mpgraph.plain import STATE
 from mpgraph.policy import Policy
 from mpgraph.step.assemble import assemble, flat_outputs, moving_scales
-from mpgraph.step.compiled import compiler_for
-from mpgraph.step.joint import StepContext
+from mpgraph.step.compiled import Backend
+from mpgraph.step.joint import StepContext, gradients_of
 from mpgraph.step.loss import LossFunction, models_own_loss
-from mpgraph.step.program import Program
+from mpgraph.step.program import Launch, Program, with_fused_update
 from mpgraph.step.slots import StepSlot, step_slots
 from mpgraph.step.trace_gradients import Gradients, trace_gradients
-from mpgraph.step.trace_update import NewState, Update, equal_counters, trace_update
+from mpgraph.step.trace_update import (
+    NewState,
+    Update,
+    counters_to_device,
+    equal_counters,
+    trace_fused_update,
+    trace_update,
+)
 from mpgraph.structure import Spec, flatten, leaf_names, unflatten
 
 
@@ -101,7 +108,7 @@ class TrainStep:
         self.loss_fn: LossFunction = loss_fn or models_own_loss
         self.accumulation_steps = accumulation_steps
         self._state: State = state_of(self.model)
-        self._compile = compiler_for(compile)
+        self._backend = Backend.of(compile)
         self._check_finite = check_finite or self._state.settings.scaled
         self._guard(max_grad_norm, scale)
         self._max_grad_norm = max_grad_norm
@@ -170,7 +177,7 @@ class TrainStep:
         update = self._traced_update(key, gradients) if is_last else None
         if is_last and update is None:
             return None
-        self._programs[key] = self._made(gradients, update, is_last, leaves)
+        self._programs[key] = self._made(gradients, update, is_last)
         return self._programs[key]
 
     def _key(self, leaves: list[Any], spec: Spec) -> Any:
@@ -207,24 +214,40 @@ class TrainStep:
         return self._gradients[batch]
 
     def _traced_update(self, key: Any, gradients: Gradients) -> Update | None:
-        from mpgraph.step.joint import gradients_of
-
         values = {n: g.meta["val"] for n, g in gradients_of(gradients.graph_module.graph).items()}
+        on_gpu = self._state.settings.device == "cuda"
+        if on_gpu and self._backend.inductor:
+            counters_to_device(self.optimizer)
+        update = None
         try:
-            update = trace_update(self.optimizer, self._names, values, gradients.mode)
+            if self._backend.fused:
+                update = trace_fused_update(
+                    self.optimizer, self._names, values, gradients.mode,
+                    checked=self._check_finite, lr_tensor=on_gpu and self._backend.replayed,
+                )  # fmt: skip
+            if update is None:
+                update = trace_update(self.optimizer, self._names, values, gradients.mode)
         except NewState:
             update = None
         self._updates[key] = update
         return update
 
-    def _made(
-        self, gradients: Gradients, update: Update | None, is_last: bool, leaves: list[Any]
-    ) -> Program:
+    def _made(self, gradients: Gradients, update: Update | None, is_last: bool) -> Program:
         context = self._context(gradients, is_last)
-        gm, reports = assemble(gradients.graph_module, update, context)
+        is_fused = update is not None and update.is_fused
+        in_graph = None if is_fused else update
+        gm, reports = assemble(gradients.graph_module, in_graph, context)
         names = flat_outputs(gm)
-        run = self._compile(gm, context, leaves)
-        return Program(gradients, gm, names, reports, run, writes=update is not None)
+        run = self._backend.compiled(gm, context, gradients.mode)
+        launch = Launch(run, step_slots(gm.graph), names)
+        if is_fused and update is not None:
+            launch = with_fused_update(launch, update)
+        on_gpu = context.device == "cuda"
+        return Program(
+            gradients, gm, reports, update, launch,
+            numbers=context.device if self._backend.inductor else None,
+            replayed=on_gpu and self._backend.replayed,
+        )  # fmt: skip
 
     def _context(self, gradients: Gradients, is_last: bool) -> StepContext:
         base = self._state.context()
@@ -243,8 +266,6 @@ class TrainStep:
         )
 
     def _sum_slots(self, gradients: Gradients) -> dict[str, StepSlot]:
-        from mpgraph.step.joint import gradients_of
-
         slots = {}
         for name, node in gradients_of(gradients.graph_module.graph).items():
             if name not in self._sums:
@@ -261,9 +282,11 @@ class TrainStep:
     def _first_step(self, leaves: list[Any], spec: Spec) -> dict[str, Any]:
         """A step whose update the optimizer makes itself, and with it its state."""
         gradients = self._traced(self._key(leaves, spec), leaves, spec)
-        gm, reports = assemble(gradients.graph_module, None, self._context(gradients, True))
+        context = self._context(gradients, True)
+        gm, reports = assemble(gradients.graph_module, None, context, checked=False)
         names = flat_outputs(gm)
-        outputs = Program(gradients, gm, names, reports, gm.forward, writes=False)(leaves)
+        launch = Launch(gm.forward, step_slots(gm.graph), names)
+        outputs = Program(gradients, gm, reports, None, launch)(leaves)
         parameters = {self._names[id(p)]: p for p in _parameters(self.optimizer)}
         before = {name: p.grad for name, p in parameters.items()}
         try:
@@ -347,5 +370,3 @@ def _parameter_names(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
         )
     return names
 
-
-__all__ = ["TrainStep", "step_slots"]
