@@ -65,7 +65,8 @@ def _make_input(node: fx.Node, context: StepContext) -> None:
         for n in node.graph.nodes
         if isinstance(n.meta.get("val"), torch.Tensor)
     )
-    node.meta["slot"] = dataclasses.replace(node.meta["slot"], dtype=torch.float64)
+    like = torch.zeros((), dtype=torch.float64, device=context.device)
+    node.meta["slot"] = dataclasses.replace(node.meta["slot"], like=like)
     with mode:
         node.meta["val"] = torch.empty((), dtype=torch.float64, device=context.device)
 

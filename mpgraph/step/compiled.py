@@ -136,7 +136,9 @@ def _compile(
     fixed = [i for i, (kind, _) in enumerate(half.sources) if kind == "input"]
     mode = next(v.fake_mode for v in values if isinstance(v, torch.Tensor))
     context = TracingContext(mode)
-    half.graph_module.graph.output_node().meta["user_visible_output_idxs"] = []
+    # What is kept for the backward half may lie as Inductor likes it; results lie as they do.
+    visible = [i for i, (kind, _) in enumerate(half.results) if kind == "output"]
+    half.graph_module.graph.output_node().meta["user_visible_output_idxs"] = visible
     with (
         mode,
         tracing(context),

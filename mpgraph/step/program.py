@@ -29,7 +29,6 @@ class Program:
         reports: What each pass over the whole step did.
         update: The optimizer's update, in the graph or after it; None where the graph has none.
         launch: What is run: the graph, and maybe the optimizer's fused kernels after it.
-        numbers: On which device numbers are tensors; None where they stay numbers.
         replayed: Whether to replay it as a CUDA graph.
     """
 
@@ -38,13 +37,12 @@ class Program:
     reports: list[PassReport]
     update: Update | None
     launch: Launch
-    numbers: str | None = None
     replayed: bool = False
 
     def __post_init__(self) -> None:
         slots = self.launch.slots
         self._written = [i for i, slot in enumerate(slots) if slot.kind == "parameter"]
-        self._tensors = Numbers(slots, self.numbers)
+        self._tensors = Numbers(slots)
         self._run: Run = self.launch.run
         if self.replayed:
             batch = [i for i, slot in enumerate(slots) if slot.read is None]
@@ -104,27 +102,21 @@ def with_fused_update(first: Launch, update: Update) -> Launch:
 
 
 class Numbers:
-    """Hyperparameters as tensors on the device, written only when they change."""
+    """Hyperparameters that a graph takes as tensors, written only when they change."""
 
-    def __init__(self, slots: Sequence[StepSlot], device: str | None) -> None:
-        self._places = [
-            i for i, slot in enumerate(slots) if device and slot.kind == "hyperparameter"
-        ]
-        self._device = device
-        self._dtypes = {i: slots[i].dtype for i in self._places}
-        self._tensors: dict[int, torch.Tensor] = {}
+    def __init__(self, slots: Sequence[StepSlot]) -> None:
+        self._tensors = {
+            i: torch.zeros_like(slot.like) for i, slot in enumerate(slots) if slot.like is not None
+        }
         self._values: dict[int, float] = {}
 
     def put(self, values: list[Any]) -> list[Any]:
-        """Put tensors in the place of the numbers."""
-        for place in self._places:
-            value, dtype = values[place], self._dtypes[place]
-            if isinstance(value, torch.Tensor) or dtype is None:
-                continue
-            if place not in self._tensors:
-                self._tensors[place] = torch.tensor(value, dtype=dtype, device=self._device)
-            elif self._values[place] != value:
-                self._tensors[place].fill_(value)
-            self._values[place] = value
-            values[place] = self._tensors[place]
+        """Put tensors in the place of numbers."""
+        for place, tensor in self._tensors.items():
+            value = values[place]
+            if not isinstance(value, torch.Tensor):
+                if self._values.get(place) != value:
+                    tensor.fill_(value)
+                    self._values[place] = value
+                values[place] = tensor
         return values

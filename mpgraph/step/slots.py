@@ -27,14 +27,14 @@ class StepSlot:
         name: For people: ``layer.weight``, ``exp_avg of layer.weight``, ``lr of group 0``.
         read: Gives the value that it has now; for an input, None.
         index: For an input: its position among the tensors of the batch.
-        dtype: For a hyperparameter that the graph takes as a tensor: the tensor's dtype.
+        like: For a hyperparameter that the graph takes as a tensor: such a tensor.
     """
 
     kind: StepSlotKind
     name: str
     read: Read | None = None
     index: int = -1
-    dtype: torch.dtype | None = None
+    like: torch.Tensor | None = None
 
 
 def step_slots(graph: fx.Graph) -> list[StepSlot]:

@@ -115,6 +115,7 @@ class _Trace:
             node.meta.setdefault("part", "forward")
         inside.watch_backward()
         gradients = torch.autograd.grad(loss, [*self.parameters.values()], allow_unused=True)
+        gradients = tuple(map(_laid_out, gradients, self.parameters.values()))
         inside.note({})
         for node in inside.graph.nodes:
             node.meta.setdefault("part", "backward")
@@ -131,6 +132,20 @@ class _Trace:
                 f"the loss function returns an object of type {type(found).__name__}, which cannot "
                 "be taken apart into tensors. Return tensors, numbers, and containers of them."
             )
+
+
+def _laid_out(gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.Tensor | None:
+    """The gradient in the memory layout of its parameter, as autograd leaves it in ``.grad``.
+
+    (torch/csrc/autograd/functions/accumulate_grad.h: fused kernels rely on it.)
+    """
+    if gradient is None or gradient.stride() == parameter.stride():
+        return gradient
+    if gradient.layout is not torch.strided:
+        return gradient
+    return torch.empty_strided(
+        parameter.shape, parameter.stride(), dtype=gradient.dtype, device=gradient.device
+    ).copy_(gradient)
 
 
 def _traced(trace: _Trace, fakes: Sequence[Any]) -> fx.GraphModule:

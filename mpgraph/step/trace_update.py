@@ -97,13 +97,12 @@ def trace_fused_update(
     mode: FakeTensorMode,
     *,
     checked: bool,
-    lr_tensor: bool,
+    lr: torch.Tensor,
 ) -> Update | None:
     """Trace ``optimizer.step()`` by the optimizer's own fused kernels; None if it has none here.
 
     The graph writes parameters and state itself. With ``checked``, it takes the flag "found_inf"
-    last, by which the kernels leave everything as it is. With ``lr_tensor``, learning rates are
-    float32 tensors.
+    last, by which the kernels leave everything as it is. Learning rates are tensors like ``lr``.
 
     Raises:
         NewState: The update would make state that is not there yet.
@@ -115,8 +114,7 @@ def trace_fused_update(
         return None
     try:
         return _Tracing(
-            optimizer, names, gradients, mode, False, fused=True, checked=checked,
-            lr_tensor=lr_tensor,
+            optimizer, names, gradients, mode, False, fused=True, checked=checked, lr=lr,
         ).run()  # fmt: skip
     except (CaptureError, NewState):
         raise
@@ -211,10 +209,10 @@ class _Tracing:
         *,
         fused: bool = False,
         checked: bool = False,
-        lr_tensor: bool = False,
+        lr: torch.Tensor | None = None,
     ) -> None:
         self.optimizer, self.names, self.capturable = optimizer, names, capturable
-        self.fused, self.checked, self.lr_tensor = fused, checked, lr_tensor
+        self.fused, self.checked, self.lr = fused, checked, lr
         self.mode = mode
         self.shapes = cast(ShapeEnv, mode.shape_env)
         self.parameters = {
@@ -261,8 +259,8 @@ class _Tracing:
         """A number that the graph takes as an input."""
         if isinstance(place.value, torch.Tensor):
             return self._fake(place.value)
-        if self.lr_tensor and place.slot.name.startswith("lr of "):
-            return torch.empty((), device=self._device())
+        if self.lr is not None and _is_learning_rate(place.slot):
+            return torch.empty_like(self.lr)
         source = ConstantSource(f"hyperparameter_{index}")
         symbol = self.shapes.create_unspecified_symbol(
             place.value, source=source, dynamic_dim=DimDynamic.DYNAMIC
@@ -358,9 +356,9 @@ class _Tracing:
         ]
         placeholders = list(gm.graph.find_nodes(op="placeholder"))
         for node, slot in zip(placeholders, places, strict=True):
-            is_lr_tensor = self.lr_tensor and slot.name.startswith("lr of ")
-            dtype = torch.float32 if is_lr_tensor else None
-            node.meta["slot"] = dataclasses.replace(slot, dtype=dtype)
+            if self.lr is not None and _is_learning_rate(slot):
+                slot = dataclasses.replace(slot, like=self.lr)
+            node.meta["slot"] = slot
             node.name = place_name(slot)
         by_slot = dict(zip((place.slot.name for place in self.hyper), numbers, strict=True))
         for node in placeholders:
@@ -377,15 +375,26 @@ class _Tracing:
         gm.recompile()
 
     def _guards(self, numbers: list[Any]) -> Callable[[Sequence[float]], bool]:
-        symbols = [n.node.expr if isinstance(n, torch.SymFloat) else None for n in numbers]
+        symbols = [n.node._expr if isinstance(n, torch.SymFloat) else None for n in numbers]
+        # What torch took for a constant, as arguments of operators on lists, holds for one value.
+        fixed = [
+            place.value if isinstance(n, torch.SymFloat) and n.node.expr.is_number else None
+            for n, place in zip(numbers, self.hyper, strict=True)
+        ]
         known = {symbol for symbol in symbols if symbol is not None}
         guards = [g.expr for g in self.shapes.guards if g.expr.free_symbols <= known]
 
         def holds(values: Sequence[float]) -> bool:
             now = {s: v for s, v in zip(symbols, values, strict=True) if s is not None}
+            if any(f is not None and f != v for f, v in zip(fixed, values, strict=True)):
+                return False
             return all(bool(guard.subs(now)) for guard in guards)
 
         return holds
+
+
+def _is_learning_rate(slot: StepSlot) -> bool:
+    return slot.name.startswith("lr of ")
 
 
 def _constant(value: Any) -> Callable[[], Any]:

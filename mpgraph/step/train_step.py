@@ -15,6 +15,7 @@ from mpgraph.errors import CaptureError, PrecisionError
 from mpgraph.guarding import guard, guard_of
 from mpgraph.loss_scale import LossScale
 from mpgraph.module import MixedPrecision, State, state_of
+from mpgraph.pipeline import PassReport
 from mpgraph.plain import STATE
 from mpgraph.policy import Policy
 from mpgraph.step.assemble import assemble, flat_outputs, moving_scales
@@ -118,6 +119,7 @@ class TrainStep:
         self._gradients: dict[Any, Gradients] = {}
         self._updates: dict[Any, Update | None] = {}
         self._programs: dict[Any, Program] = {}
+        self._launches: dict[Any, Any] = {}
         self.last_step_skipped: Any = False
 
     def _guard(self, max_grad_norm: float | None, scale: LossScale | float | None) -> None:
@@ -223,7 +225,7 @@ class TrainStep:
             if self._backend.fused:
                 update = trace_fused_update(
                     self.optimizer, self._names, values, gradients.mode,
-                    checked=self._check_finite, lr_tensor=on_gpu and self._backend.replayed,
+                    checked=self._check_finite, lr=self._learning_rate(),
                 )  # fmt: skip
             if update is None:
                 update = trace_update(self.optimizer, self._names, values, gradients.mode)
@@ -232,22 +234,36 @@ class TrainStep:
         self._updates[key] = update
         return update
 
+    def _learning_rate(self) -> torch.Tensor:
+        """How fused kernels take it: from the host, exactly, or from where a replay finds it."""
+        if self._state.settings.device == "cuda" and self._backend.replayed:
+            return torch.zeros((), device="cuda")
+        return torch.zeros((), dtype=torch.float64)
+
     def _made(self, gradients: Gradients, update: Update | None, is_last: bool) -> Program:
+        if update is not None and update.is_fused:
+            gm, reports, launch = self._launched(gradients, None, is_last)
+            launch = with_fused_update(launch, update)
+        else:
+            gm, reports, launch = self._launched(gradients, update, is_last)
+        replayed = self._backend.replayed and self._state.settings.device == "cuda"
+        return Program(gradients, gm, reports, update, launch, replayed)
+
+    def _launched(
+        self, gradients: Gradients, update: Update | None, is_last: bool
+    ) -> tuple[Any, list[PassReport], Launch]:
+        """The graph with its passes done, ready to run; without an update, kept for others."""
+        key = (id(gradients), is_last)
+        if update is None and key in self._launches:
+            return self._launches[key]
         context = self._context(gradients, is_last)
-        is_fused = update is not None and update.is_fused
-        in_graph = None if is_fused else update
-        gm, reports = assemble(gradients.graph_module, in_graph, context)
+        gm, reports = assemble(gradients.graph_module, update, context)
         names = flat_outputs(gm)
         run = self._backend.compiled(gm, context, gradients.mode)
-        launch = Launch(run, step_slots(gm.graph), names)
-        if is_fused and update is not None:
-            launch = with_fused_update(launch, update)
-        on_gpu = context.device == "cuda"
-        return Program(
-            gradients, gm, reports, update, launch,
-            numbers=context.device if self._backend.inductor else None,
-            replayed=on_gpu and self._backend.replayed,
-        )  # fmt: skip
+        made = gm, reports, Launch(run, step_slots(gm.graph), names)
+        if update is None:
+            self._launches[key] = made
+        return made
 
     def _context(self, gradients: Gradients, is_last: bool) -> StepContext:
         base = self._state.context()
