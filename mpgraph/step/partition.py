@@ -65,8 +65,10 @@ def cut(gm: fx.GraphModule, mode: FakeTensorMode, static: Sequence[int]) -> tupl
     names += [("write", place.name) for place, _ in written]
     values = [*returned, *(value for _, value in written)]
     after = _after_seed(graph)
-    order = sorted(range(len(values)), key=lambda i: values[i] in after)
-    count = sum(1 for value in values if value not in after)
+    # Writes come last of all: values that the backward half computes again read what was there.
+    is_late = [kind == "write" or v in after for (kind, _), v in zip(names, values, strict=True)]
+    order = sorted(range(len(values)), key=lambda i: is_late[i])
+    count = is_late.count(False)
     graph.output_node().args = (tuple(values[i] for i in order),)
     whole.recompile()
     examples = [node.meta["val"] for node in inputs]
@@ -77,10 +79,10 @@ def cut(gm: fx.GraphModule, mode: FakeTensorMode, static: Sequence[int]) -> tupl
             num_fwd_outputs=count,
             static_lifetime_input_indices=list(static),
         )
-    places = {node.name: i for i, node in enumerate(inputs)}
+    places = {node.name: (i, node.meta["val"]) for i, node in enumerate(inputs)}
     kept = [("kept", _name(n)) for n in _outputs(first)[count:]]
     forward = _half(first, [*(names[i] for i in order[:count]), *kept], places)
-    backward = _half(second, _in_order(second, names, order[count:]), places)
+    backward = _half(second, [names[i] for i in order[count:]], places)
     _only_needed(forward, backward)
     return forward, backward
 
@@ -156,11 +158,7 @@ def _name(node: Any) -> str:
     return str(node.name)
 
 
-def _in_order(gm: fx.GraphModule, names: list[Source], order: list[int]) -> list[Source]:
-    return [names[i] for i in order][: len(_outputs(gm))]
-
-
-def _half(gm: fx.GraphModule, results: list[Source], places: dict[str, int]) -> Half:
+def _half(gm: fx.GraphModule, results: list[Source], places: dict[str, Any]) -> Half:
     """Write what is to be written, and say where the inputs come from."""
     graph = gm.graph
     here = {node.name: node for node in graph.find_nodes(op="placeholder")}
@@ -170,7 +168,7 @@ def _half(gm: fx.GraphModule, results: list[Source], places: dict[str, int]) -> 
             if kind != "write":
                 left.append(((kind, name), value))
                 continue
-            node = graph.call_function(_COPY, (_input(graph, here, name), value))
+            node = graph.call_function(_COPY, (_input(graph, here, places, name), value))
             node.meta["val"] = value.meta["val"]
     graph.output_node().args = (tuple(value for _, value in left),)
     gm.recompile()
@@ -180,14 +178,19 @@ def _half(gm: fx.GraphModule, results: list[Source], places: dict[str, int]) -> 
             sources.append(SEED)
         else:
             known = node.name in places
-            sources.append(("input", places[node.name]) if known else ("kept", node.name))
+            sources.append(("input", places[node.name][0]) if known else ("kept", node.name))
     return Half(gm, sources, [source for source, _ in left])
 
 
-def _input(graph: fx.Graph, here: dict[str, fx.Node], name: str) -> fx.Node:
+def _input(
+    graph: fx.Graph, here: dict[str, fx.Node], places: dict[str, Any], name: str
+) -> fx.Node:
     """The input of this name; made if this half does not read it."""
     if name not in here:
-        raise AssertionError(f"the half that writes {name} does not read it")
+        last = list(here.values())[-1]
+        with graph.inserting_after(last):
+            here[name] = graph.placeholder(name)
+        here[name].meta["val"] = places[name][1]
     return here[name]
 
 
