@@ -56,7 +56,8 @@ class PassContext:
         return torch.autocast(self.device, dtype=dtype or torch.bfloat16, enabled=enabled)
 
 
-Run = Callable[[fx.Graph, PassContext], int]
+# The context is a PassContext, or for passes over a whole step its StepContext.
+Run = Callable[[fx.Graph, Any], int]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,7 +49,7 @@ def _merge(graph: fx.Graph, places: list[fx.Node]) -> int:
             same[node] = values[key]
         else:
             values[key] = node
-    written = {n.args[0]: same.get(n.args[1], n.args[1]) for n in order if n.target is _copy}  # type: ignore[arg-type,call-overload]
+    written = {n.args[0]: same.get(n.args[1], n.args[1]) for n in order if n.target is _copy}
     news = {written.get(place, place) for place in places}
     if len(news) > 1:
         return 0

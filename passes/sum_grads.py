@@ -22,15 +22,15 @@ def sum_grads(graph: fx.Graph, context: StepContext) -> int:
     gradients = gradients_of(graph)
     if not context.sums or not gradients:
         return 0
-    sums = [
-        slot_node(graph, context.sums[name], gradients[name].meta["val"]) for name in gradients
-    ]
+    sums = [slot_node(graph, context.sums[name], gradients[name].meta["val"]) for name in gradients]
     count = len(sums)
 
     def add(*values: torch.Tensor) -> list[torch.Tensor]:
         return [a + b for a, b in zip(values[:count], values[count:], strict=True)]
 
-    totals = dict(zip(gradients, append(graph, add, [*sums, *gradients.values()], "sum"), strict=True))
+    totals = dict(
+        zip(gradients, append(graph, add, [*sums, *gradients.values()], "sum"), strict=True)
+    )
     names = [context.sums[name].name for name in gradients]
     outputs = outputs_of(graph)
     if context.is_last:

@@ -52,8 +52,10 @@ def tensor_numbers(graph: fx.Graph, context: StepContext) -> int:
             node.replace_all_uses_with(editor.operator())
         edits += 1
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users and isinstance(
-            node.meta.get("val"), (torch.SymFloat, float)
+        if (
+            node.op == "call_function"
+            and not node.users
+            and isinstance(node.meta.get("val"), (torch.SymFloat, float))
         ):
             graph.erase_node(node)
     return edits
@@ -77,6 +79,7 @@ def _is_concerned(node: fx.Node, numbers: dict[fx.Node, fx.Node]) -> bool:
     return any(argument in numbers for argument in node.all_input_nodes)
 
 
+_SQRT: Any = vars(torch)["_sym_sqrt"]
 _ARITHMETIC: dict[Any, tuple[Any, Any, Any]] = {
     # Both tensors; the first a plain number; the second a plain number.
     operator.add: (aten.add.Tensor, aten.add.Tensor, aten.add.Tensor),
@@ -88,7 +91,7 @@ _ARITHMETIC: dict[Any, tuple[Any, Any, Any]] = {
     torch.sym_min: (aten.minimum.default, aten.clamp.default, aten.clamp.default),
     operator.neg: (aten.neg.default, None, None),
     torch.sym_float: (aten.alias.default, None, None),
-    torch._sym_sqrt: (aten.sqrt.default, None, None),
+    _SQRT: (aten.sqrt.default, None, None),
 }  # fmt: skip
 
 
@@ -146,7 +149,11 @@ class _Editor:
         return self.rounded[tensor, dtype]
 
     def _computes_in(self) -> torch.dtype:
-        dtypes = [d for n in self.node.all_input_nodes if (d := ir.dtype_of(n)) is not None and n not in self.numbers]
+        dtypes = [
+            d
+            for n in self.node.all_input_nodes
+            if (d := ir.dtype_of(n)) is not None and n not in self.numbers
+        ]
         dtype = dtypes[0] if dtypes else torch.float32
         return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
@@ -195,7 +202,7 @@ def _lerp(edit: _Editor, a: Any, b: Any, weight: Any) -> fx.Node:
     return edit.call(aten.lerp.Tensor, a, b, edit.number(weight))
 
 
-def _clamp(edit: _Editor, a: Any, low: Any = None, high: Any = None, **bounds: Any) -> fx.Node:
+def _clamp(edit: _Editor, a: fx.Node, low: Any = None, high: Any = None, **bounds: Any) -> fx.Node:
     low, high = bounds.get("min", low), bounds.get("max", high)
     for bound, choose in ((low, aten.maximum.default), (high, aten.minimum.default)):
         if isinstance(bound := edit.number(bound), fx.Node):

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from mpgraph import pipeline
+from mpgraph.step.joint import StepContext
 from mpgraph.verify import verify
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -25,6 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _check(
     gm: fx.GraphModule, graph_pass: pipeline.GraphPass, context: pipeline.PassContext
 ) -> None:
+    if isinstance(context, StepContext):
+        gm.graph.lint()
+        assert all("part" in n.meta for n in gm.graph.nodes if n.op == "call_function")
+        return
     is_scaled = graph_pass.name in ("scale_backward", "spread_scale") and context.scaled
     verify(
         gm,

@@ -93,10 +93,12 @@ class Halves:
             values = _restrided(forward, backward, strides)
             self._second = _compile(backward, values, options, [], backward=True)
         seed = backward.values[backward.sources.index(SEED)] if SEED in backward.sources else None
-        self._seed = None if seed is None else torch.ones((), dtype=seed.dtype, device=seed.device).expand(seed.shape).clone()
-        self._count = 1 + max(
-            i for k, i in (*forward.results, *backward.results) if k == "output"
+        self._seed = (
+            None
+            if seed is None
+            else torch.ones((), dtype=seed.dtype, device=seed.device).expand(seed.shape).clone()
         )
+        self._count = 1 + max(i for k, i in (*forward.results, *backward.results) if k == "output")
 
     def __call__(self, *values: Any) -> Sequence[Any]:
         """One step, with these values of its inputs."""
@@ -134,7 +136,7 @@ def _compile(
 ) -> Callable[[list[Any]], Sequence[Any]]:
     """Compile one half; ``strides`` is filled with those of its results."""
     fixed = [i for i, (kind, _) in enumerate(half.sources) if kind == "input"]
-    mode = next(v.fake_mode for v in values if isinstance(v, torch.Tensor))
+    mode = next(cast(Any, v).fake_mode for v in values if isinstance(v, torch.Tensor))
     context = TracingContext(mode)
     # What is kept for the backward half may lie as Inductor likes it; results lie as they do.
     visible = [i for i, (kind, _) in enumerate(half.results) if kind == "output"]

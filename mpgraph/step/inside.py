@@ -166,9 +166,7 @@ class _Lines(TorchFunctionMode):
         super().__init__()
         self.inside = inside
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _BATCH_NORM:
             with enable_python_dispatcher():

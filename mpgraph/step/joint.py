@@ -100,9 +100,7 @@ def append(
     return inline(graph, gm.graph, inputs, part)
 
 
-def inline(
-    graph: fx.Graph, other: fx.Graph, inputs: Sequence[fx.Node], part: str
-) -> list[Any]:
+def inline(graph: fx.Graph, other: fx.Graph, inputs: Sequence[fx.Node], part: str) -> list[Any]:
     """Copy another graph to the end of this one, on these inputs; what it returns."""
     copies = dict(zip(other.find_nodes(op="placeholder"), inputs, strict=True))
     with graph.inserting_before(graph.output_node()):

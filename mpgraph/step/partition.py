@@ -125,9 +125,7 @@ def _is_seed(node: fx.Node) -> bool:
 
 
 def _fresh(value: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(
-        value.shape, value.stride(), dtype=value.dtype, device=value.device
-    )
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _take_out_writes(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
@@ -182,9 +180,7 @@ def _half(gm: fx.GraphModule, results: list[Source], places: dict[str, Any]) -> 
     return Half(gm, sources, [source for source, _ in left])
 
 
-def _input(
-    graph: fx.Graph, here: dict[str, fx.Node], places: dict[str, Any], name: str
-) -> fx.Node:
+def _input(graph: fx.Graph, here: dict[str, fx.Node], places: dict[str, Any], name: str) -> fx.Node:
     """The input of this name; made if this half does not read it."""
     if name not in here:
         last = list(here.values())[-1]

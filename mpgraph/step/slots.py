@@ -10,7 +10,15 @@ import torch
 from torch import fx, nn
 
 StepSlotKind = Literal[
-    "input", "parameter", "buffer", "constant", "gradient", "state", "hyperparameter", "scale", "sum"
+    "input",
+    "parameter",
+    "buffer",
+    "constant",
+    "gradient",
+    "state",
+    "hyperparameter",
+    "scale",
+    "sum",
 ]
 Read = Callable[[], Any]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -47,7 +47,7 @@ class Gradients:
 def trace_gradients(
     model: nn.Module,
     loss_fn: LossFunction,
-    parameters: dict[str, torch.Tensor],
+    parameters: Mapping[str, torch.Tensor],
     leaves: Tensors,
     spec: Spec,
     divisor: int = 1,
@@ -65,9 +65,7 @@ def trace_gradients(
     Raises:
         CaptureError: The loss cannot be traced; says why, where, and what to do.
     """
-    mode = FakeTensorMode(
-        allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True
-    )
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     trace = _Trace(model, loss_fn, parameters, spec, divisor)
     with writes_taken_back(), mode, torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -76,7 +74,8 @@ def trace_gradients(
     graph = gm.graph
     _name_results(graph, trace)
     _lift(gm, Homes(model, *_modules_in(loss_fn)), trace, mode)
-    assert trace.result is not None and trace.inside is not None
+    assert trace.result is not None
+    assert trace.inside is not None
     return Gradients(gm, trace.result, trace.inside.assigned, trace.inside.states, mode)
 
 
@@ -87,7 +86,7 @@ class _Trace:
         self,
         model: nn.Module,
         loss_fn: LossFunction,
-        parameters: dict[str, torch.Tensor],
+        parameters: Mapping[str, torch.Tensor],
         spec: Spec,
         divisor: int,
     ) -> None:
@@ -115,16 +114,20 @@ class _Trace:
             node.meta.setdefault("part", "forward")
         inside.watch_backward()
         gradients = torch.autograd.grad(loss, [*self.parameters.values()], allow_unused=True)
-        gradients = tuple(map(_laid_out, gradients, self.parameters.values()))
+        pairs = zip(gradients, self.parameters.values(), strict=True)
+        laid_out = [_laid_out(gradient, parameter) for gradient, parameter in pairs]
         inside.note({})
         for node in inside.graph.nodes:
             node.meta.setdefault("part", "backward")
-        self.named = [n for n, g in zip(self.parameters, gradients, strict=True) if g is not None]
+        self.named = [n for n, g in zip(self.parameters, laid_out, strict=True) if g is not None]
         outputs, self.result = flatten(value)
         for assigned in inside.assigned:
             outputs.extend(flatten(assigned.value)[0])
         self.count = len(outputs)
-        return [*(o.detach() for o in outputs), *(g for g in gradients if g is not None)]
+        returned = [*(o.detach() for o in outputs), *(g for g in laid_out if g is not None)]
+        for node in inside.graph.nodes:
+            node.meta.setdefault("part", "forward")
+        return returned
 
     def _refuse_opaque(self, value: Any) -> None:
         for found in opaque_values(flatten(value)[1]):
@@ -153,7 +156,10 @@ def _traced(trace: _Trace, fakes: Sequence[Any]) -> fx.GraphModule:
         return make_fx(trace, _allow_non_fake_inputs=True)(*fakes)
     except MPGraphError:
         raise
-    except (GuardOnDataDependentSymNode, torch._subclasses.fake_tensor.DataDependentOutputException) as error:  # noqa: E501
+    except (
+        GuardOnDataDependentSymNode,
+        torch._subclasses.fake_tensor.DataDependentOutputException,
+    ) as error:
         raise CaptureError(_needs_a_value(error)) from error
 
 

@@ -29,7 +29,7 @@ from mpgraph.precision import logger
 from mpgraph.step.slots import StepSlot, place_name
 
 
-class NewState(Exception):  # noqa: N818 - a finding, not an error
+class NewState(Exception):
     """The update makes state that is not there yet: a first step is to be taken by itself."""
 
 
@@ -247,7 +247,7 @@ class _Tracing:
         return [*map(self._fake, tensors), *numbers, *flag]
 
     def _device(self) -> torch.device:
-        return next(iter(self.parameters.values())).device
+        return cast(torch.device, next(iter(self.parameters.values())).device)
 
     def _fake(self, value: Any) -> torch.Tensor:
         """A new one each time: what is traced is told apart by it."""
@@ -326,7 +326,7 @@ class _Tracing:
 
     def _refuse_changed_numbers(self, before: dict[str, Any], after: dict[str, Any]) -> None:
         for name, value in after.items():
-            if name not in before or value is not before[name] and value != before[name]:
+            if name not in before or (value is not before[name] and value != before[name]):
                 raise CaptureError(
                     f"{type(self.optimizer).__name__} keeps {name} as a Python number and changes "
                     "it at every step: in a graph it would never change. Keep it as a tensor "

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mpgraph.conversion import convert
-from mpgraph.errors import CaptureError, PrecisionError
+from mpgraph.errors import CaptureError, MPGraphError, PrecisionError
 from mpgraph.guarding import guard, guard_of
 from mpgraph.loss_scale import LossScale
 from mpgraph.module import MixedPrecision, State, state_of
@@ -23,6 +23,7 @@ from mpgraph.step.compiled import Backend
 from mpgraph.step.joint import StepContext, gradients_of
 from mpgraph.step.loss import LossFunction, models_own_loss
 from mpgraph.step.program import Launch, Program, with_fused_update
+from mpgraph.step.report import StepReport
 from mpgraph.step.slots import StepSlot, step_slots
 from mpgraph.step.trace_gradients import Gradients, trace_gradients
 from mpgraph.step.trace_update import (
@@ -119,7 +120,7 @@ class TrainStep:
         self._gradients: dict[Any, Gradients] = {}
         self._updates: dict[Any, Update | None] = {}
         self._programs: dict[Any, Program] = {}
-        self._launches: dict[Any, Any] = {}
+        self._launches: dict[Any, tuple[Any, list[PassReport], Launch]] = {}
         self.last_step_skipped: Any = False
 
     def _guard(self, max_grad_norm: float | None, scale: LossScale | float | None) -> None:
@@ -149,6 +150,54 @@ class TrainStep:
         gradients = self._gradients[self._key(leaves, spec)]
         return self._result(gradients, outputs["results"])
 
+    def explain(self) -> StepReport:
+        """What the last captured step does: forward, backward, check, update, in which dtypes.
+
+        Raises:
+            MPGraphError: Nothing has been captured yet.
+        """
+        done = [p for p in self._programs.values() if p.update is not None]
+        if not done:
+            raise MPGraphError(
+                "no step has been captured yet, so there is nothing to show. Call the step twice: "
+                "the first step of a new optimizer makes its state and runs by itself."
+            )
+        graphs = [(done[-1].graph_module, "")]
+        update = done[-1].update
+        if update is not None and update.is_fused:
+            graphs.append((update.graph_module, "update"))
+        return StepReport(graphs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model, optimizer, loss scale and gradients summed so far: all that a step changes.
+
+        Random number generators are not in it: save ``torch.get_rng_state()`` beside it.
+        """
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "batches": self._batches,
+            "sums": dict(self._sums),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken, to the same bits.
+
+        Raises:
+            MPGraphError: The state is not a step's.
+        """
+        if missing := {"model", "optimizer", "batches", "sums"} - state.keys():
+            raise MPGraphError(
+                f"this is not the state of a TrainStep: {', '.join(sorted(missing))} is missing. "
+                "Load a model's state with step.model.load_state_dict, an optimizer's with "
+                "step.optimizer.load_state_dict."
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._batches = state["batches"]
+        device = self._state.settings.device
+        self._sums = {name: value.to(device, copy=True) for name, value in state["sums"].items()}
+
     def _note_step(self, outputs: dict[str, Any]) -> None:
         optimizer: Any = self.optimizer
         optimizer._opt_called = True  # or schedulers warn that nothing has stepped yet
@@ -163,7 +212,9 @@ class TrainStep:
         for assigned in gradients.assigned:
             size = sum(1 for _ in leaf_names(assigned.assignment.spec))
             value = unflatten(assigned.assignment.spec, values[start : start + size])
-            table = assigned.module._buffers if assigned.assignment.is_buffer else vars(assigned.module)
+            table = (
+                assigned.module._buffers if assigned.assignment.is_buffer else vars(assigned.module)
+            )
             table[assigned.assignment.name] = value
             start += size
         return unflatten(gradients.result, values[:count])
@@ -286,9 +337,7 @@ class TrainStep:
         for name, node in gradients_of(gradients.graph_module.graph).items():
             if name not in self._sums:
                 value = node.meta["val"]
-                self._sums[name] = torch.zeros(
-                    value.shape, dtype=value.dtype, device=value.device
-                )
+                self._sums[name] = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
             slots[name] = StepSlot("sum", f"sum of gradient {name}", self._sum_reader(name))
         return slots
 
@@ -362,7 +411,8 @@ def _converted(model: Any, precision: Any, policy: Any) -> nn.Module:
     is_converted = isinstance(model, MixedPrecision) and STATE in vars(model)
     if is_converted and precision is None:
         return cast(nn.Module, model)
-    return convert(model, "auto" if precision is None else precision, policy=policy)
+    precision = "auto" if precision is None else precision
+    return cast(nn.Module, convert(model, precision, policy=policy))
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
@@ -385,4 +435,3 @@ def _parameter_names(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
             "the model's parameters: torch.optim.AdamW(model.parameters(), ...)"
         )
     return names
-

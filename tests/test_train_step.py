@@ -1,0 +1,392 @@
+"""TrainStep is the loop that it replaces."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mpgraph
+from mpgraph.module import state_of
+
+OVERFLOWS = (4, 5, 9)
+
+
+class Net(nn.Module):
+    """A convolution, batch norm, dropout, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.drop, self.head = nn.Dropout(0.1), nn.Linear(64, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scores."""
+        return self.head(self.drop(F.relu(self.norm(self.conv(x)))).flatten(1))
+
+
+def loss_fn(model: nn.Module, x: Any, y: Any, weight: Any) -> tuple[Any, Any]:
+    """The loss, and the scores beside it."""
+    scores = model(x).float()
+    return F.cross_entropy(scores, y) * weight, scores
+
+
+def batch(index: int, overflows: bool) -> tuple[torch.Tensor, ...]:
+    """The same batch for the same index."""
+    generator = torch.Generator().manual_seed(index)
+    x = torch.randn(5, 1, 6, 6, generator=generator)
+    y = torch.randint(0, 4, (5,), generator=generator)
+    return x, y, torch.tensor(1e30 if overflows else 1.0)
+
+
+def scheduled(optimizer: Any) -> Any:
+    """A learning rate that changes."""
+    return torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.7)
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    """Without kernels that compute in another order."""
+    return torch.optim.AdamW(parameters, lr=1e-2, foreach=False)
+
+
+class Pair:
+    """A step and the loop that it replaces, from the same weights."""
+
+    def __init__(
+        self,
+        precision: str,
+        make: Callable[[Any], torch.optim.Optimizer] = adamw,
+        batches: int = 1,
+        norm: float | None = 1.0,
+        compile: bool | str = False,
+        model: Callable[[], nn.Module] = Net,
+    ) -> None:
+        torch.manual_seed(0)
+        first = model()
+        self.model, second = first, copy.deepcopy(first)
+        self.precision, self.batches, self.norm = precision, batches, norm
+        self.optimizer = make(first.parameters())
+        self.step = mpgraph.TrainStep(
+            first, self.optimizer, loss_fn, precision=precision, policy="autocast-cpu",
+            max_grad_norm=norm, accumulation_steps=batches, compile=compile,
+        )  # fmt: skip
+        self.loop = mpgraph.convert(second, precision, policy="autocast-cpu")
+        self.other = make(second.parameters())
+        if precision == "fp16":
+            mpgraph.guard(self.other, self.loop, max_grad_norm=norm)
+        self.schedulers = [scheduled(o) for o in (self.optimizer, self.other)]
+
+    def take(self, index: int) -> tuple[Any, Any]:
+        """One update of both; the losses of its batches."""
+        found: tuple[list[Any], list[Any]] = [], []
+        for part in range(self.batches):
+            overflows = self.precision == "fp16" and index in OVERFLOWS and part == 0
+            given = batch(100 * index + part, overflows)
+            torch.manual_seed(index)
+            found[0].extend(self.step(*given))
+            torch.manual_seed(index)
+            loss, scores = loss_fn(self.loop, *given)
+            (loss / self.batches if self.batches > 1 else loss).backward()
+            found[1].extend((loss.detach(), scores.detach()))
+        if self.precision != "fp16" and self.norm:
+            nn.utils.clip_grad_norm_(self.loop.parameters(), self.norm)
+        self.other.step()
+        self.other.zero_grad()
+        for scheduler in self.schedulers:
+            scheduler.step()
+        return found
+
+    def states(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Everything that a step writes, of both."""
+        sides = (self.model, self.optimizer), (self.loop, self.other)
+        return tuple(
+            [*model.state_dict().values(), *_tensors(optimizer.state_dict()["state"])]
+            for model, optimizer in sides
+        )  # type: ignore[return-value]
+
+
+def _tensors(state: Any) -> list[torch.Tensor]:
+    return [v for one in state.values() for v in one.values() if isinstance(v, torch.Tensor)]
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_equals_the_loop_bit_for_bit(precision: str, batches: int) -> None:
+    """Losses, outputs, parameters, statistics, moments, skips, scale: over overflows, clipped."""
+    pair = Pair(precision, batches=batches)
+    for index in range(12):
+        for a, b in zip(*pair.take(index), strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(*pair.states(), strict=True):
+            assert torch.equal(a, b)
+        if precision == "fp16":
+            assert bool(pair.step.last_step_skipped) is (index in OVERFLOWS)
+            scales = [state_of(m).scale.value for m in (pair.step.model, pair.loop)]
+            assert scales[0].scale == scales[1].scale
+            assert scales[0].growth_tracker == scales[1].growth_tracker
+    assert all(p.grad is None for p in pair.model.parameters())
+
+
+class Lion(torch.optim.Optimizer):
+    """An optimizer that torch does not have (arXiv:2302.06675)."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.99)})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One update."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                first, second = group["betas"]
+                update = state["momentum"].mul(first).add(p.grad, alpha=1 - first).sign_()
+                p.add_(update, alpha=-group["lr"])
+                state["momentum"].mul_(second).add_(p.grad, alpha=1 - second)
+
+
+optim = torch.optim
+OPTIMIZERS: dict[str, Callable[[Any], optim.Optimizer]] = {
+    "sgd": lambda p: optim.SGD(p, lr=0.1, foreach=False),
+    "nesterov": lambda p: optim.SGD(
+        p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01, foreach=False
+    ),
+    "dampening": lambda p: optim.SGD(
+        p, lr=0.1, momentum=0.9, dampening=0.5, maximize=True, foreach=False
+    ),
+    "adam": lambda p: optim.Adam(p, lr=0.01, amsgrad=True, foreach=False),
+    "rmsprop": lambda p: optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True, foreach=False),
+    "adagrad": lambda p: optim.Adagrad(p, lr=0.01, lr_decay=0.01, foreach=False),
+    "adamax": lambda p: optim.Adamax(p, lr=0.01, foreach=False),
+    "nadam": lambda p: optim.NAdam(p, lr=0.01, foreach=False),
+    "adafactor": lambda p: optim.Adafactor(p, lr=0.01, foreach=False),
+    "adadelta": lambda p: optim.Adadelta(p, foreach=False),
+    "lion": lambda p: Lion(p),
+}
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_traces_the_update_of_any_optimizer(name: str) -> None:
+    """The optimizer's own arithmetic, skipped steps included, bit for bit."""
+    pair = Pair("fp16", OPTIMIZERS[name])
+    for index in range(7):
+        pair.take(index)
+        for a, b in zip(*pair.states(), strict=True):
+            assert torch.equal(a, b)
+    assert pair.step.explain().count("update") > 0
+
+
+def test_radam_takes_the_path_without_branches() -> None:
+    """Its branch on the step number is a choice in the graph: float32 instead of Python floats."""
+    pair = Pair("bf16", lambda p: optim.RAdam(p, lr=0.01, foreach=False), norm=None)
+    for index in range(8):
+        pair.take(index)
+    for a, b in zip(*pair.states(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_parameter_groups_and_frozen_parameters() -> None:
+    """Each group has its own numbers; what is not in the optimizer stays."""
+
+    def make(parameters: Any) -> optim.Optimizer:
+        conv, _, _, *head = parameters
+        groups = [{"params": [conv], "lr": 0.1}, {"params": head, "weight_decay": 0.1}]
+        return optim.AdamW(groups, lr=0.01, foreach=False)
+
+    pair = Pair("bf16", make, norm=None)
+    for index in range(5):
+        pair.take(index)
+        for p in pair.loop.parameters():
+            p.grad = None
+        for a, b in zip(*pair.states(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_goes_on_after_loading_to_the_same_bits(batches: int) -> None:
+    """Through a file, in the middle of an accumulated step."""
+    first, second = (Pair("fp16", batches=batches) for _ in range(2))
+    for index in range(6):
+        first.take(index)
+    first.step(*batch(1, False))
+    file = io.BytesIO()
+    torch.save(first.step.state_dict(), file)
+    file.seek(0)
+    second.step.load_state_dict(torch.load(file, weights_only=False))
+    for index in range(20, 25):
+        results = []
+        for pair in (first, second):
+            torch.manual_seed(index)
+            results.append(pair.step(*batch(index, False)))
+        assert torch.equal(results[0][0], results[1][0])
+    for a, b in zip(first.states()[0], second.states()[0], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_another_batch_shape_and_mode_is_captured_anew() -> None:
+    """Each has its own graph, on the same parameters and state."""
+    pair = Pair("bf16")
+    pair.take(0)
+    for size in (5, 3, 5, 3):
+        x, y, weight = batch(size, False)
+        pair.step(x[:size], y[:size], weight)
+    assert len(pair.step._programs) == 2
+    pair.step.model.eval()
+    before = pair.model.norm.running_mean.clone()
+    pair.step(*batch(9, False))
+    assert torch.equal(before, pair.model.norm.running_mean)
+
+
+def test_a_model_that_returns_its_loss() -> None:
+    """As those of Hugging Face do."""
+
+    class Own(Net):
+        def forward(self, x: Any, labels: Any) -> Any:
+            scores = super().forward(x)
+            return {"loss": F.cross_entropy(scores.float(), labels), "logits": scores}
+
+    model = Own()
+    step = mpgraph.TrainStep(model, adamw(model.parameters()), precision="bf16", compile=False)
+    x, y, _ = batch(0, False)
+    losses = [float(step(x, labels=y)) for _ in range(20)]
+    assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("precision", "make", "batches"),
+    [
+        ("fp32", lambda p: optim.AdamW(p, lr=1e-2), 2),
+        ("fp32", lambda p: optim.RMSprop(p, lr=1e-3, momentum=0.9), 1),
+        ("fp16", lambda p: optim.SGD(p, lr=1e-2, momentum=0.9), 1),
+    ],
+)
+def test_compiled(precision: str, make: Any, batches: int) -> None:
+    """Fused kernels after two compiled halves, or an update that is compiled too."""
+    import torch._inductor.config as inductor
+
+    with inductor.patch(fallback_random=True):
+        pair = Pair(precision, make, batches, compile=True)
+        for index in range(8):
+            pair.take(index)
+            if precision == "fp16":
+                assert bool(pair.step.last_step_skipped) is (index in OVERFLOWS)
+    tolerance = {"fp32": 1e-4, "fp16": 1e-2}[precision]
+    for a, b in zip(*pair.states(), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_report_says_what_runs_where() -> None:
+    """Parts, dtypes, modules and lines."""
+    pair = Pair("fp16")
+    pair.take(0)
+    pair.take(1)
+    report = pair.step.explain()
+    parts = {node.part for node in report.nodes}
+    assert parts == {"forward", "backward", "clip", "check", "update", "scale", "write"}
+    found = {n.module for n in report.nodes if n.part == "backward" and "convolution" in n.operator}
+    assert found == {"conv"}
+    assert any("test_train_step.py" in n.line for n in report.nodes if n.module == "loss")
+    assert "backward" in str(report)
+    assert "found_inf" in report.text() or report.count("check")
+    assert {n.dtype for n in report.nodes if "convolution" in n.operator and n.dtype} <= {"fp16"}
+
+
+def _step(loss: Any = loss_fn, optimizer: Any = None, **options: Any) -> Any:
+    model = Net()
+    optimizer = optimizer(model) if optimizer else adamw(model.parameters())
+    return mpgraph.TrainStep(model, optimizer, loss, precision="bf16", compile=False, **options)
+
+
+def looks_at_a_value(model: nn.Module, x: Any, y: Any, weight: Any) -> Any:
+    """A loss with a branch on a value."""
+    loss = loss_fn(model, x, y, weight)[0]
+    return loss if loss > 0 else -loss
+
+
+def test_item_is_read_at_every_step() -> None:
+    """A number from a tensor is computed in the graph, not frozen into it."""
+
+    def loss(model: nn.Module, x: Any, y: Any, weight: Any) -> Any:
+        return loss_fn(model, x, y, weight)[0] * weight.item()
+
+    step = _step(loss)
+    x, y, _ = batch(0, False)
+    step(x, y, torch.tensor(1.0))
+    first = [float(step(x, y, torch.tensor(value))) for value in (0.0, 0.0)]
+    assert first == [0.0, 0.0]
+    assert float(step(x, y, torch.tensor(2.0))) > 0
+
+
+def test_errors_at_construction() -> None:
+    """Each says what to do."""
+    with pytest.raises(mpgraph.PrecisionError, match="optimizer.step\\(closure\\)"):
+        _step(optimizer=lambda m: optim.LBFGS(m.parameters()))
+    with pytest.raises(mpgraph.PrecisionError, match="none of the parameters of Net"):
+        _step(optimizer=lambda m: adamw(Net().parameters()))
+    with pytest.raises(mpgraph.PrecisionError, match="expected a torch.optim.Optimizer"):
+        mpgraph.TrainStep(Net(), "adam")  # type: ignore[arg-type]
+    with pytest.raises(mpgraph.PrecisionError, match="accumulation_steps"):
+        _step(accumulation_steps=0)
+    with pytest.raises(mpgraph.PrecisionError, match="max_grad_norm"):
+        _step(max_grad_norm=-1.0)
+    with pytest.raises(mpgraph.PrecisionError, match="must be True, False or a mode"):
+        mpgraph.TrainStep(Net(), adamw(Net().parameters()), compile="fast")
+    with pytest.raises(mpgraph.PrecisionError, match="guarded already"):
+        _step(optimizer=_guarded)
+    with pytest.raises(mpgraph.MPGraphError, match="no step has been captured yet"):
+        _step().explain()
+    with pytest.raises(mpgraph.MPGraphError, match="not the state of a TrainStep"):
+        _step().load_state_dict({"model": {}})
+
+
+def _guarded(model: nn.Module) -> Any:
+    return mpgraph.guard(adamw(model.parameters()), check_finite=True)
+
+
+def test_errors_at_capture() -> None:
+    """Nothing falls back to eager mode unseen, and each error names the place."""
+    given = batch(0, False)
+    with pytest.raises(mpgraph.CaptureError, match=r"value of a tensor at test_train_step\.py"):
+        _step(looks_at_a_value)(*given)
+    with pytest.raises(mpgraph.CaptureError, match="one floating-point number"):
+        _step(lambda m, x, y, w: m(x))(*given)
+    with pytest.raises(mpgraph.CaptureError, match="depends on no parameter"):
+        _step(lambda m, x, y, w: m(x).detach().sum())(*given)
+    with pytest.raises(mpgraph.CaptureError, match="there is no loss"):
+        _step(lambda m, x, y, w: {"logits": m(x)})(*given)
+
+    class Counting(Lion):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            super().step()
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["count"] = self.state[p].get("count", 0) + 1
+
+    step = _step(optimizer=lambda m: Counting(m.parameters()))
+    step(*given)
+    with pytest.raises(mpgraph.CaptureError, match="as a Python number"):
+        step(*given)
+    step = _step()
+    step.optimizer.register_step_post_hook(lambda *_: None)
+    with pytest.raises(mpgraph.CaptureError, match="step hooks"):
+        step(*given)
+
+
+def test_a_failed_capture_leaves_everything_as_it_was() -> None:
+    """Statistics, parameters and the number of batches so far."""
+    step = _step(looks_at_a_value)
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    with pytest.raises(mpgraph.CaptureError):
+        step(*batch(0, False))
+    for name, value in step.model.state_dict().items():
+        assert torch.equal(value, before[name])
