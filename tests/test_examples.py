@@ -33,6 +33,17 @@ def test_ten_line_example_learns_and_reports(capsys):
     assert "linear" in printed
 
 
+def test_the_whole_step_learns_and_is_shown_as_it_is(capsys):
+    runpy.run_path(str(EXAMPLES / "train_step.py"))
+    printed = capsys.readouterr().out
+    assert float(printed.rpartition("loss ")[2]) < 1.0  # guessing gives log(10) = 2.3
+    document = ROOT / "docs" / "train-step.md"
+    _, _, code = (EXAMPLES / "train_step.py").read_text().partition('"""\n\n')
+    assert code in blocks(document, "python")
+    shown = blocks(document, "text")[0]
+    assert printed.rpartition("loss ")[0].split() == shown.rpartition("loss ")[0].split()
+
+
 def test_readme_shows_the_ten_line_example_as_it_is():
     _, _, code = (EXAMPLES / "train_ten_lines.py").read_text().partition('"""\n\n')
     assert code in blocks(ROOT / "README.md", "python")

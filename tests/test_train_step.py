@@ -329,11 +329,11 @@ def test_item_is_read_at_every_step() -> None:
 
 def test_errors_at_construction() -> None:
     """Each says what to do."""
-    with pytest.raises(mpgraph.PrecisionError, match="optimizer.step\\(closure\\)"):
+    with pytest.raises(mpgraph.PrecisionError, match=r"optimizer\.step\(closure\)"):
         _step(optimizer=lambda m: optim.LBFGS(m.parameters()))
     with pytest.raises(mpgraph.PrecisionError, match="none of the parameters of Net"):
         _step(optimizer=lambda m: adamw(Net().parameters()))
-    with pytest.raises(mpgraph.PrecisionError, match="expected a torch.optim.Optimizer"):
+    with pytest.raises(mpgraph.PrecisionError, match=r"expected a torch\.optim\.Optimizer"):
         mpgraph.TrainStep(Net(), "adam")  # type: ignore[arg-type]
     with pytest.raises(mpgraph.PrecisionError, match="accumulation_steps"):
         _step(accumulation_steps=0)

@@ -110,8 +110,8 @@ class Halves:
                 found[name] = value
             else:
                 kept[name] = value
-        del returned
         # The compiled code frees what it has been given as soon as it can; nothing else holds it.
+        del returned, value
         arguments = [self._argument(source, values, kept) for source in self.backward.sources]
         kept.clear()
         returned = self._second(arguments)
