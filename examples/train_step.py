@@ -13,6 +13,7 @@ scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
 
 
 def loss_fn(model, x, target):
+    """The loss of one batch."""
     return F.cross_entropy(model(x), target)
 
 
