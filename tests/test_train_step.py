@@ -349,6 +349,14 @@ def test_errors_at_construction() -> None:
         _step().load_state_dict({"model": {}})
 
 
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would train on its own gradients, and nobody would notice."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(mpgraph.PrecisionError, match="several processes"):
+        _step()
+
+
 def _guarded(model: nn.Module) -> Any:
     return mpgraph.guard(adamw(model.parameters()), check_finite=True)
 

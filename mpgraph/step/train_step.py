@@ -395,6 +395,13 @@ def _check_arguments(
             "asks for, so there is no one graph of a step. Use mpgraph.convert and "
             "optimizer.step(closure)."
         )
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        if distributed.get_world_size() > 1:
+            raise PrecisionError(
+                "TrainStep does not add up gradients over several processes. Train with "
+                "DistributedDataParallel(mpgraph.convert(model, ...)) and mpgraph.guard."
+            )
     if loss_fn is not None and not callable(loss_fn):
         raise PrecisionError(
             f"loss_fn must be a function of the model and a batch, found {type(loss_fn).__name__}"
