@@ -105,12 +105,13 @@ def _functional(gm: fx.GraphModule, mode: FakeTensorMode) -> fx.GraphModule:
         warnings.simplefilter("ignore")
         values = [_fresh(node.meta["val"]) for node in slots]
         values.append(_fresh(loss.meta["val"]))
-        traced: Any = torch.func.functionalize(
-            fx.GraphModule(gm, seeded), remove="mutations_and_views"
-        )
+        traced: Any = torch.func.functionalize(fx.GraphModule(gm, seeded), remove="mutations")
         whole = make_fx(
             traced, decomposition_table=select_decomp_table(), _allow_non_fake_inputs=True
         )(*values)
+    for node in list(whole.graph.nodes):
+        if node.target is torch.ops.aten.detach.default:  # autograd's, which is over
+            node.replace_all_uses_with(cast(fx.Node, node.args[0]))
     whole.graph.eliminate_dead_code()
     placeholders = list(whole.graph.find_nodes(op="placeholder"))
     for index, node in enumerate(placeholders[:-1]):

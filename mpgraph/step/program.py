@@ -11,6 +11,7 @@ from torch import fx
 
 from mpgraph.notes import add_place
 from mpgraph.pipeline import PassReport
+from mpgraph.step.joint import outputs_of
 from mpgraph.step.replay import Replayed
 from mpgraph.step.slots import StepSlot, step_slots
 from mpgraph.step.trace_gradients import Gradients
@@ -90,15 +91,16 @@ def with_fused_update(first: Launch, update: Update) -> Launch:
         (slot.kind == "gradient", (from_first if slot.kind == "gradient" else place)[slot.name])
         for slot in taken
     ]
-    kept = [i for i, name in enumerate(first.names) if name in ("results", "found_inf", "norm")]
+    kept = [i for i, name in enumerate(first.names) if name == "results"]
+    names = list(outputs_of(update.graph_module.graph))
     apply = update.graph_module.forward
 
     def run(*values: Any) -> Sequence[Any]:
         outputs = first.run(*values[:count])
-        apply(*[outputs[i] if is_gradient else values[i] for is_gradient, i in sources])
-        return [outputs[i] for i in kept]
+        found = apply(*[outputs[i] if is_gradient else values[i] for is_gradient, i in sources])
+        return [*(outputs[i] for i in kept), *found.values()]
 
-    return Launch(run, [*first.slots, *others], [first.names[i] for i in kept])
+    return Launch(run, [*first.slots, *others], [*(first.names[i] for i in kept), *names])
 
 
 class Numbers:

@@ -90,7 +90,7 @@ def _nodes(graph: fx.Graph, part: str) -> Iterator[StepNode]:
         decision = node.meta.get("decision")
         dtype = ir.dtype_of(node)
         yield StepNode(
-            part=part or str(node.meta.get("part", "")),
+            part=str(node.meta.get("part", part)),
             name=node.name,
             operator=target_name(node),
             dtype="" if dtype is None else ir.short_name(dtype),

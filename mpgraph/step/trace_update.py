@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     GuardOnDataDependentSymNode,
@@ -25,7 +25,9 @@ from torch.optim import Optimizer
 
 from mpgraph.capture.breaks import line_of_error
 from mpgraph.errors import CaptureError
+from mpgraph.finite import find_non_finite
 from mpgraph.precision import logger
+from mpgraph.step.joint import StepContext
 from mpgraph.step.slots import StepSlot, place_name
 
 
@@ -96,13 +98,15 @@ def trace_fused_update(
     gradients: dict[str, torch.Tensor],
     mode: FakeTensorMode,
     *,
-    checked: bool,
+    context: StepContext,
     lr: torch.Tensor,
 ) -> Update | None:
     """Trace ``optimizer.step()`` by the optimizer's own fused kernels; None if it has none here.
 
-    The graph writes parameters and state itself. With ``checked``, it takes the flag "found_inf"
-    last, by which the kernels leave everything as it is. Learning rates are tensors like ``lr``.
+    The graph writes parameters and state itself. Where ``context`` asks for it, it clips and checks
+    the gradients before, by one kernel for all of them, and moves the loss scales after; it then
+    returns the flag "found_inf", by which the update leaves everything as it is. Learning rates
+    are tensors like ``lr``.
 
     Raises:
         NewState: The update would make state that is not there yet.
@@ -114,7 +118,7 @@ def trace_fused_update(
         return None
     try:
         return _Tracing(
-            optimizer, names, gradients, mode, False, fused=True, checked=checked, lr=lr,
+            optimizer, names, gradients, mode, False, context=context, lr=lr,
         ).run()  # fmt: skip
     except (CaptureError, NewState):
         raise
@@ -207,12 +211,14 @@ class _Tracing:
         mode: FakeTensorMode,
         capturable: bool,
         *,
-        fused: bool = False,
-        checked: bool = False,
+        context: StepContext | None = None,
         lr: torch.Tensor | None = None,
     ) -> None:
         self.optimizer, self.names, self.capturable = optimizer, names, capturable
-        self.fused, self.checked, self.lr = fused, checked, lr
+        # Given with fused kernels alone: elsewhere, passes over the whole step clip and check.
+        self.context, self.lr, self.fused = context, lr, context is not None
+        self.checked = context is not None and context.check_finite
+        self.scales = context.scales if context is not None and self.checked else ()
         self.mode = mode
         self.shapes = cast(ShapeEnv, mode.shape_env)
         self.parameters = {
@@ -222,6 +228,7 @@ class _Tracing:
         self.hyper = hyperparameters(optimizer)
         self.gradients = gradients
         self.results: list[str] = []
+        self.found: torch.Tensor | None = None
 
     def run(self) -> Update:
         with self.mode, warnings.catch_warnings():
@@ -243,8 +250,8 @@ class _Tracing:
             *self.gradients.values(),
             *(place.value for _, _, place in self.states),
         )
-        flag = [torch.zeros((), device=self._device())] if self.checked else []
-        return [*map(self._fake, tensors), *numbers, *flag]
+        scales = [slot.read() for _, slots in self.scales for slot in slots if slot.read]
+        return [*map(self._fake, tensors), *numbers, *map(self._fake, scales)]
 
     def _device(self) -> torch.device:
         return cast(torch.device, next(iter(self.parameters.values())).device)
@@ -274,16 +281,19 @@ class _Tracing:
         gradients = [next(given) for _ in self.gradients]
         states = [next(given) for _ in self.states]
         numbers = [next(given) for _ in self.hyper]
-        flag = [*given]
+        scales = [*given]
         for name, gradient in zip(self.gradients, gradients, strict=True):
             fakes[name].grad = gradient
         shadow = self._shadow(fakes, states, numbers)
         before = _plain_values(shadow)
-        if flag:
-            shadow.grad_scale, shadow.found_inf = None, flag[0]
+        found = self._check(gradients)
+        if self.checked:
+            shadow.grad_scale, shadow.found_inf = None, found
         step = type(self.optimizer).step
         with torch.no_grad():
             getattr(step, "__wrapped__", step)(shadow)
+            _tag("update")
+            self._move_scales(found, scales)
         self._refuse_changed_numbers(before, _plain_values(shadow))
         new = {n: fakes[n] for n in self.gradients}
         for (parameter, key, place), old in zip(self.states, states, strict=True):
@@ -292,8 +302,27 @@ class _Tracing:
             if found is not old and isinstance(found, torch.Tensor):
                 old.copy_(found)
             new[place.slot.name] = old
+        if self.fused:
+            new = {} if self.found is None else {"found_inf": self.found}
         self.results = list(new)
         return list(new.values())
+
+    def _check(self, gradients: list[torch.Tensor]) -> torch.Tensor | None:
+        """Clip and check, as :func:`mpgraph.guard` does."""
+        if self.context is None or not (self.checked or self.context.max_grad_norm):
+            return None
+        with torch.no_grad():
+            found = find_non_finite(gradients, self.context.max_grad_norm)
+        _tag("check")
+        return found if self.checked else None
+
+    def _move_scales(self, found: torch.Tensor | None, scales: list[torch.Tensor]) -> None:
+        for index, (move, _) in enumerate(self.scales):
+            tensors = scales[3 * index : 3 * index + 3]
+            for tensor, moved in zip(tensors, move(found, *tensors), strict=True):
+                tensor.copy_(moved)
+        _tag("scale")
+        self.found = found
 
     def _shadow(self, fakes: dict[str, Any], states: Any, numbers: Any) -> Any:
         shadow: Any = object.__new__(type(self.optimizer))
@@ -352,7 +381,7 @@ class _Tracing:
             *(StepSlot("gradient", name) for name in self.gradients),
             *(place.slot for _, _, place in self.states),
             *(place.slot for place in self.hyper),
-            *([StepSlot("gradient", "found_inf")] if self.checked else []),
+            *(slot for _, slots in self.scales for slot in slots),
         ]
         placeholders = list(gm.graph.find_nodes(op="placeholder"))
         for node, slot in zip(placeholders, places, strict=True):
@@ -370,8 +399,6 @@ class _Tracing:
         for node in [] if self.fused else [*gm.graph.nodes]:
             if node.target is torch.ops.aten.copy_.default and not node.users:
                 gm.graph.erase_node(node)
-        if self.fused:
-            output.args = ({},)
         gm.recompile()
 
     def _guards(self, numbers: list[Any]) -> Callable[[Sequence[float]], bool]:
@@ -391,6 +418,13 @@ class _Tracing:
             return all(bool(guard.subs(now)) for guard in guards)
 
         return holds
+
+
+def _tag(part: str) -> None:
+    """What was traced since the last part is this one."""
+    mode: Any = get_proxy_mode()
+    for node in mode.tracer.graph.nodes if mode is not None else ():
+        node.meta.setdefault("part", part)
 
 
 def _is_learning_rate(slot: StepSlot) -> bool:

@@ -276,7 +276,7 @@ class TrainStep:
             if self._backend.fused:
                 update = trace_fused_update(
                     self.optimizer, self._names, values, gradients.mode,
-                    checked=self._check_finite, lr=self._learning_rate(),
+                    context=self._context(gradients, True), lr=self._learning_rate(),
                 )  # fmt: skip
             if update is None:
                 update = trace_update(self.optimizer, self._names, values, gradients.mode)
@@ -308,7 +308,8 @@ class TrainStep:
         if update is None and key in self._launches:
             return self._launches[key]
         context = self._context(gradients, is_last)
-        gm, reports = assemble(gradients.graph_module, update, context)
+        is_checked = update is not None  # by the graph; otherwise with the fused update
+        gm, reports = assemble(gradients.graph_module, update, context, checked=is_checked)
         names = flat_outputs(gm)
         run = self._backend.compiled(gm, context, gradients.mode)
         made = gm, reports, Launch(run, step_slots(gm.graph), names)
