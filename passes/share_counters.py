@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mpgraph import ir
 from mpgraph.pipeline import graph_pass
 from mpgraph.step.joint import StepContext
 
@@ -33,25 +34,16 @@ def _merge(graph: fx.Graph, places: list[fx.Node]) -> int:
     if len(places) < 2:
         return 0
     first, *others = places
+    order = list(graph.nodes)
     values: dict[Any, fx.Node] = {}
     same: dict[fx.Node, fx.Node] = dict.fromkeys(others, first)
-    order = list(graph.nodes)
-    derived = {*places}
     for node in order:
-        if node.op != "call_function" or node.target is _copy:
-            continue
-        if not _is_small(node):
-            continue
-        key = _key(node, same)
-        if node in derived or any(same.get(a, a) in derived for a in node.all_input_nodes):
-            derived.add(node)
-        if key in values:
-            same[node] = values[key]
-        else:
-            values[key] = node
+        if _is_of_update(node):
+            known = values.setdefault(_key(node, same), node)
+            if known is not node:
+                same[node] = known
     written = {n.args[0]: same.get(n.args[1], n.args[1]) for n in order if n.target is _copy}
-    news = {written.get(place, place) for place in places}
-    if len(news) > 1:
+    if len({written.get(place, place) for place in places}) > 1:
         return 0
     edits = 0
     for node, other in same.items():
@@ -63,27 +55,17 @@ def _merge(graph: fx.Graph, places: list[fx.Node]) -> int:
     return edits
 
 
-def _is_small(node: fx.Node) -> bool:
+def _is_of_update(node: fx.Node) -> bool:
+    """Whether the node computes one number of the update, the same one for the same inputs."""
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dim() == 0
+    is_number = isinstance(value, torch.Tensor) and value.dim() == 0
+    is_pure = ir.is_operator(node) and not ir.is_mutating(node) and not ir.is_random(node)
+    return is_number and is_pure and node.meta.get("part") == "update"
 
 
 def _key(node: fx.Node, same: dict[fx.Node, fx.Node]) -> Any:
-    args = fx.map_arg((node.args, node.kwargs), lambda n: _Same(same.get(n, n)))  # type: ignore[arg-type,return-value]
+    args = fx.map_arg((node.args, node.kwargs), lambda n: same.get(n, n))
     return node.target, _frozen(args)
-
-
-class _Same:
-    """A node as part of a key."""
-
-    def __init__(self, node: fx.Node) -> None:
-        self.node = node
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.node is other.node
-
-    def __hash__(self) -> int:
-        return hash(self.node)
 
 
 def _frozen(value: Any) -> Any:

@@ -182,6 +182,16 @@ def counters_to_device(optimizer: Optimizer) -> None:
             group["capturable"] = True
 
 
+def counters_of(optimizer: Optimizer) -> list[torch.Tensor]:
+    """State tensors without dimensions."""
+    return [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.dim() == 0
+    ]
+
+
 def equal_counters(optimizer: Optimizer, names: dict[int, str]) -> tuple[frozenset[str], ...]:
     """The names of state tensors without dimensions that hold equal numbers, by key and value."""
     groups: dict[Any, set[str]] = {}

@@ -29,6 +29,7 @@ from mpgraph.step.trace_gradients import Gradients, trace_gradients
 from mpgraph.step.trace_update import (
     NewState,
     Update,
+    counters_of,
     counters_to_device,
     equal_counters,
     trace_fused_update,
@@ -121,6 +122,8 @@ class TrainStep:
         self._updates: dict[Any, Update | None] = {}
         self._programs: dict[Any, Program] = {}
         self._launches: dict[Any, tuple[Any, list[PassReport], Launch]] = {}
+        self._counters: tuple[Any, tuple[frozenset[str], ...]] | None = None
+        self._updated: frozenset[str] = frozenset()  # by the last step
         self.last_step_skipped: Any = False
 
     def _guard(self, max_grad_norm: float | None, scale: LossScale | float | None) -> None:
@@ -145,9 +148,10 @@ class TrainStep:
         program = self._program(leaves, spec, is_last)
         outputs = program(leaves) if program is not None else self._first_step(leaves, spec)
         self._batches = 0 if is_last else self._batches + 1
-        if is_last:
-            self._note_step(outputs)
         gradients = self._gradients[self._key(leaves, spec)]
+        if is_last:
+            self._updated = frozenset(gradients_of(gradients.graph_module.graph))
+            self._note_step(outputs)
         return self._result(gradients, outputs["results"])
 
     def explain(self) -> StepReport:
@@ -246,9 +250,22 @@ class TrainStep:
             for group in self.optimizer.param_groups
         ]
         state = self.optimizer.state
-        return tuple(groups), tuple(
-            [tuple(state.get(p, ())) for g in self.optimizer.param_groups for p in g["params"]]
-        )
+        keys = tuple([tuple(state.get(p, ())) for p in _parameters(self.optimizer)])
+        return tuple(groups), keys, self._equal_counters(keys)
+
+    def _equal_counters(self, keys: Any) -> tuple[frozenset[str], ...]:
+        """Which step counters are equal: what Inductor computes from one, it computes for all.
+
+        Asked of their values, which the host waits for, where they may have come apart: another
+        state was loaded, another step wrote to them, or one that updates other parameters.
+        """
+        if not self._backend.inductor:
+            return ()
+        counters = counters_of(self.optimizer)
+        token = (self.optimizer.state, keys, [c._version for c in counters], self._updated)
+        if self._counters is None or not _is_same(self._counters[0], token):
+            self._counters = token, equal_counters(self.optimizer, self._names)
+        return self._counters[1]
 
     def _holds(self, key: Any) -> bool:
         update = self._updates.get(key)
@@ -330,7 +347,7 @@ class TrainStep:
             sums=self._sum_slots(gradients) if self.accumulation_steps > 1 else {},
             is_last=is_last,
             scales=moving_scales(gradients.states),
-            equal=equal_counters(self.optimizer, self._names),
+            equal=self._counters[1] if self._counters is not None else (),
         )
 
     def _sum_slots(self, gradients: Gradients) -> dict[str, StepSlot]:
@@ -429,6 +446,10 @@ def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
 
 def _trained(optimizer: Optimizer, names: dict[int, str]) -> Iterator[tuple[str, nn.Parameter]]:
     return ((names[id(p)], p) for p in _parameters(optimizer) if p.requires_grad)
+
+
+def _is_same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
+    return before[0] is now[0] and before[1:] == now[1:]
 
 
 def _parameter_names(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
