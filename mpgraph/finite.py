@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,11 +44,23 @@ def find_non_finite(
     if max_norm is None:
         found = _flag(gradients)
     else:
-        norm = get_total_norm(gradients)
-        holders: list[Any] = [_Holder(gradient) for gradient in gradients]
-        clip_grads_with_norm_(holders, max_norm, norm)
-        found = norm.isfinite().logical_not().to(torch.float32)
+        found = is_not_finite(clip_to_norm(gradients, max_norm))
     return _agree(found, process_group)
+
+
+def clip_to_norm(
+    gradients: Sequence[torch.Tensor], max_norm: float, foreach: bool | None = None
+) -> torch.Tensor:
+    """Scale gradients down, in place, as ``torch.nn.utils.clip_grad_norm_`` does; their norm."""
+    norm = get_total_norm(gradients, foreach=foreach)
+    holders: list[Any] = [_Holder(gradient) for gradient in gradients]
+    clip_grads_with_norm_(holders, max_norm, norm, foreach=foreach)
+    return norm
+
+
+def is_not_finite(norm: torch.Tensor) -> torch.Tensor:
+    """1.0 if a norm is infinite or NaN, else 0.0."""
+    return norm.isfinite().logical_not().to(torch.float32)
 
 
 class _Holder:

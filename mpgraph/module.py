@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mpgraph import ir
-from mpgraph.capture.captured import Captured
+from mpgraph.capture.captured import Assignment, Captured
 from mpgraph.direct_calls import directly
 from mpgraph.errors import CaptureError, MPGraphError
 from mpgraph.gather import gatherer
@@ -28,7 +28,7 @@ from mpgraph.plain import STATE
 from mpgraph.policy import Policy
 from mpgraph.precision import Precision
 from mpgraph.signature import Signature
-from mpgraph.structure import Spec, flatten, same_leaves, unflatten
+from mpgraph.structure import Spec, count_leaves, flatten, same_leaves, unflatten
 from mpgraph.warn import warn
 from mpgraph.weights import WeightCopies
 
@@ -448,29 +448,25 @@ def _restoring_grad_mode(run: Callable[..., Any]) -> Callable[..., Any]:
 def _assigner(model: nn.Module, captured: Captured) -> Callable[[list[Any]], None] | None:
     if not captured.assignments:
         return None
-    start = _count(captured.output)
+    start = count_leaves(captured.output)
     plan = []
     for assignment in captured.assignments:
-        count = _count(assignment.spec)
+        count = count_leaves(assignment.spec)
         module = model.get_submodule(assignment.module)
         plan.append((module, assignment, start, start + count))
         start += count
 
     def assign(outputs: list[Any]) -> None:
         for module, assignment, first, last in plan:
-            value = unflatten(assignment.spec, outputs[first:last])
-            if assignment.is_buffer:
-                module._buffers[assignment.name] = value
-            else:
-                vars(module)[assignment.name] = value
+            make_assignment(module, assignment, outputs[first:last])
 
     return assign
 
 
-def _count(spec: Spec) -> int:
-    from mpgraph.structure import leaf_names
-
-    return sum(1 for _ in leaf_names(spec))
+def make_assignment(module: nn.Module, assignment: Assignment, leaves: Sequence[Any]) -> None:
+    """Assign what ``forward`` assigns, from the leaves of its value."""
+    table = module._buffers if assignment.is_buffer else vars(module)
+    table[assignment.name] = unflatten(assignment.spec, leaves)
 
 
 def copy_tree(model: nn.Module) -> nn.Module:

@@ -101,6 +101,11 @@ def leaf_names(spec: Spec, prefix: str = "") -> Iterator[str]:
             yield from leaf_names(child, f"{prefix}_{name}" if prefix else name)
 
 
+def count_leaves(spec: Spec) -> int:
+    """How many leaves a description has."""
+    return sum(1 for _ in leaf_names(spec))
+
+
 def opaque_values(spec: Spec) -> Iterator[object]:
     """Every object in the description that mpgraph could not enter."""
     if isinstance(spec, Opaque):

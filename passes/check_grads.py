@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from mpgraph.finite import is_not_finite
 from mpgraph.pipeline import graph_pass
 from mpgraph.step.joint import StepContext, append, gradients_of, outputs_of, set_outputs
 
@@ -27,7 +28,7 @@ def check_grads(graph: fx.Graph, context: StepContext) -> int:
 
 
 def _from_norm(norm: torch.Tensor) -> list[torch.Tensor]:
-    return [norm.isfinite().logical_not().to(torch.float32)]
+    return [is_not_finite(norm)]
 
 
 def _from_all(*gradients: torch.Tensor) -> list[torch.Tensor]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from mpgraph.finite import clip_to_norm
 from mpgraph.pipeline import graph_pass
 from mpgraph.step.joint import StepContext, append, gradients_of, outputs_of, set_outputs
 
@@ -24,19 +22,9 @@ def clip_grads(graph: fx.Graph, context: StepContext) -> int:
     max_norm = context.max_grad_norm
 
     def clip(*values: torch.Tensor) -> list[torch.Tensor]:
-        holders: list[Any] = [_Holder(value) for value in values]
-        norm = get_total_norm(values, foreach=False)
-        clip_grads_with_norm_(holders, max_norm, norm, foreach=False)
-        return [norm, *(holder.grad for holder in holders)]
+        return [clip_to_norm(values, max_norm, foreach=False), *values]
 
     norm, *clipped = append(graph, clip, [*gradients.values()], "clip")
     gradients = dict(zip(gradients, clipped, strict=True))
     set_outputs(graph, {**outputs_of(graph), "norm": norm, "gradients": gradients})
     return len(clipped)
-
-
-class _Holder:
-    """Stands in for a parameter, of which clipping looks at the gradient only."""
-
-    def __init__(self, grad: torch.Tensor) -> None:
-        self.grad = grad

@@ -35,7 +35,7 @@ def sum_grads(graph: fx.Graph, context: StepContext) -> int:
     outputs = outputs_of(graph)
     if context.is_last:
         zeros = append(graph, _zeros, sums, "sum")
-        written = {**outputs.get("new", {}), **dict(zip(names, zeros, strict=True))}
+        written = dict(zip(names, zeros, strict=True))
         set_outputs(graph, {**outputs, "gradients": totals, "kept": written})
     else:
         written = dict(zip(names, totals.values(), strict=True))

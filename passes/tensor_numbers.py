@@ -79,20 +79,18 @@ def _is_concerned(node: fx.Node, numbers: dict[fx.Node, fx.Node]) -> bool:
     return any(argument in numbers for argument in node.all_input_nodes)
 
 
-_SQRT: Any = vars(torch)["_sym_sqrt"]
-_ARITHMETIC: dict[Any, tuple[Any, Any, Any]] = {
-    # Both tensors; the first a plain number; the second a plain number.
-    operator.add: (aten.add.Tensor, aten.add.Tensor, aten.add.Tensor),
-    operator.sub: (aten.sub.Tensor, aten.rsub.Scalar, aten.sub.Tensor),
-    operator.mul: (aten.mul.Tensor, aten.mul.Tensor, aten.mul.Tensor),
-    operator.truediv: (aten.div.Tensor, None, aten.div.Tensor),
-    operator.pow: (aten.pow.Tensor_Tensor, aten.pow.Scalar, aten.pow.Tensor_Scalar),
-    torch.sym_max: (aten.maximum.default, aten.clamp.default, aten.clamp.default),
-    torch.sym_min: (aten.minimum.default, aten.clamp.default, aten.clamp.default),
-    operator.neg: (aten.neg.default, None, None),
-    torch.sym_float: (aten.alias.default, None, None),
-    _SQRT: (aten.sqrt.default, None, None),
-}  # fmt: skip
+_ARITHMETIC: dict[Any, OpOverload] = {
+    operator.add: aten.add.Tensor,
+    operator.sub: aten.sub.Tensor,
+    operator.mul: aten.mul.Tensor,
+    operator.truediv: aten.div.Tensor,
+    operator.pow: aten.pow.Tensor_Tensor,
+    operator.neg: aten.neg.default,
+    torch.sym_max: aten.maximum.default,
+    torch.sym_min: aten.minimum.default,
+    torch.sym_float: aten.alias.default,
+    vars(torch)["_sym_sqrt"]: aten.sqrt.default,
+}
 
 
 class _Editor:
@@ -111,30 +109,27 @@ class _Editor:
         """A new node with its value."""
         with self.graph.inserting_before(self.node):
             made = self.graph.call_function(target, args, kwargs)
-        made.meta = {"part": self.node.meta.get("part", "update")}
+        made.meta = {"part": self.node.meta["part"]}
         made.meta["val"] = run_on_values(made)
         return made
 
     def arithmetic(self) -> fx.Node:
         """The same arithmetic on tensors."""
-        args = [self.numbers.get(a, a) for a in self.node.args]  # type: ignore[arg-type]
-        both, first, second = _ARITHMETIC[self.node.target]
-        if len(args) == 1 or all(isinstance(a, fx.Node) for a in args):
-            return self.call(both, *args)
-        a, b = args
-        if self.node.target in (torch.sym_max, torch.sym_min):
-            number, tensor = (b, a) if isinstance(a, fx.Node) else (a, b)
-            bound = "min" if self.node.target is torch.sym_max else "max"
-            return self.call(aten.clamp.default, tensor, **{bound: number})
-        if isinstance(a, fx.Node):
-            return self.call(second, a, b)
-        if self.node.target is operator.truediv:
-            return self.call(aten.mul.Tensor, self.call(aten.reciprocal.default, b), a)
-        if self.node.target is operator.sub:
-            return self.call(first, b, a)
-        if self.node.target is operator.pow:
-            return self.call(first, a, b)
-        return self.call(first, b, a)
+        return self.call(_ARITHMETIC[self.node.target], *map(self._tensor, self.node.args))
+
+    def _tensor(self, value: Any) -> fx.Node:
+        """An argument of arithmetic, a plain number included, as a tensor."""
+        if isinstance(value, fx.Node):
+            return self.numbers[value]
+        key = (float(value), torch.float64)
+        if key not in self.rounded:
+            like = next(iter(self.numbers.values())).meta["val"]
+            options = {"dtype": like.dtype, "device": like.device}
+            with self.graph.inserting_before(self.node):
+                made = self.graph.call_function(aten.scalar_tensor.default, key[:1], options)
+            made.meta = {"part": self.node.meta["part"], "val": like}
+            self.rounded[key] = made
+        return self.rounded[key]
 
     def number(self, value: Any) -> Any:
         """A number as the kernel of the node would take it: a tensor where it is one."""

@@ -197,3 +197,18 @@ def test_the_leaves_are_the_tensors():
 
 def test_a_tree_map_may_put_anything_in_the_tensors_place():
     assert pytree.tree_map(lambda t: str(t.item()), other()).scale == "4.0"
+
+
+@pytest.mark.parametrize("hysteresis", [1, 3])
+def test_the_rule_in_a_graph_is_the_rule(hysteresis: int) -> None:
+    """As operators that a step's graph holds, over a random walk, floor and ceiling included."""
+    value = mpgraph.LossScale(
+        init_scale=16.0, growth_interval=3, hysteresis=hysteresis, min_scale=1.0, max_scale=64.0
+    )
+    tensors = [value.scale, value.growth_tracker, value.hysteresis_tracker]
+    generator = torch.Generator().manual_seed(0)
+    for probability in (0.1, 0.5, 0.9) * 100:
+        found = torch.rand((), generator=generator).lt(probability).float()
+        value, tensors = value.next(found), value.moved(found, *tensors)
+        assert value.scale == tensors[0]
+        assert value.growth_tracker == tensors[1]

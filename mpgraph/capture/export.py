@@ -35,7 +35,14 @@ from mpgraph.capture.transforms import refuse_transforms
 from mpgraph.capture.writes import writes_taken_back
 from mpgraph.code_state import CodeState
 from mpgraph.plain import MODULE_STATE, tables_of
-from mpgraph.structure import Spec, flatten, leaf_names, opaque_values, same_leaves, unflatten
+from mpgraph.structure import (
+    Spec,
+    count_leaves,
+    flatten,
+    opaque_values,
+    same_leaves,
+    unflatten,
+)
 
 Forward = Callable[..., Any]
 _MISSING = object()
@@ -99,7 +106,7 @@ class _FlatModule(nn.Module):
             leaves = tuple(leaves[index] for index in same)
         args, kwargs = unflatten(plan.call.spec, leaves)
         held = held_in(opaque_values(plan.call.spec))
-        with _attribute_changes(plan) as changes, _compiling(plan.call.says_compiling):
+        with _attribute_changes(plan) as changes, compiling(plan.call.says_compiling):
             value = plan.forward(plan.model, *args, **kwargs)
         _refuse_changed_arguments(args, kwargs, leaves, plan.call.spec, held)
         outputs, plan.output = flatten(value)
@@ -114,7 +121,8 @@ class _FlatModule(nn.Module):
 
 
 @contextlib.contextmanager
-def _compiling(says: bool) -> Iterator[None]:
+def compiling(says: bool) -> Iterator[None]:
+    """What ``torch.compiler.is_compiling()`` answers in the block."""
     flags = ("_is_compiling_flag", "_is_exporting_flag")
     before = [getattr(torch.compiler, flag) for flag in flags]
     for flag in flags:
@@ -178,7 +186,7 @@ def capture_export(
             marks.refuse_stray(constants.get(slot.target))
     _annotate(gm, slots, call)
     _say_what_requires_grad(gm, call, model, constants)
-    gm.meta["results"] = sum(1 for _ in leaf_names(plan.output))
+    gm.meta["results"] = count_leaves(plan.output)
     accepts = _guards(program)
     _drop_unused_placeholders(gm)
     seconds = time.perf_counter() - started

@@ -8,6 +8,7 @@ mpgraph is left in the compiled code.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -172,12 +173,7 @@ def _rewritten(state: State, body: fx.GraphModule) -> Callable[..., Any]:
     repair_checkpoints(body)
     try:
         # Whatever traces the region is not to trace the rewriting of it.
-        with (
-            _disable_current_modes(),
-            torch._C._DisablePythonDispatcher(),
-            tracing(None),
-            torch.autocast(context.device, enabled=False),
-        ):
+        with untraced(), torch.autocast(context.device, enabled=False):
             gm = lower(body, context, Ambient(None, context.grad), graphs)
         breaks += (b for lowered, _ in graphs for b in breaks_inside(lowered))
         run = _runner(gm, scale, context.device)
@@ -194,6 +190,13 @@ def _rewritten(state: State, body: fx.GraphModule) -> Callable[..., Any]:
     state.compiled = [*state.compiled, RegionEntry(label, context, graphs, breaks)]
     del state.compiled[: -state.settings.max_graphs]
     return run
+
+
+@contextlib.contextmanager
+def untraced() -> Iterator[None]:
+    """Whatever traces what is around this block does not trace the block."""
+    with _disable_current_modes(), torch._C._DisablePythonDispatcher(), tracing(None):
+        yield
 
 
 def _without_own_autocast(body: fx.GraphModule) -> None:
@@ -308,8 +311,8 @@ def _scale_position(settings: Settings, body: fx.GraphModule) -> int:
 def _runner(gm: fx.GraphModule, scale: int, device: str) -> Callable[..., Any]:
     """Run a rewritten graph on the operands of its body, with scaled casts that can be traced."""
     for node in gm.graph.nodes:
-        if node.target in _TRACEABLE:
-            node.target = _TRACEABLE[node.target]
+        if node.target in TRACEABLE:
+            node.target = TRACEABLE[node.target]
     gm.recompile()
     slots = slots_of(gm)
 
@@ -324,7 +327,11 @@ def _runner(gm: fx.GraphModule, scale: int, device: str) -> Callable[..., Any]:
 def _value(slot: Slot, operands: Sequence[Any], scale: torch.Tensor | None) -> Any:
     if slot.kind == "scale":
         return scale
-    value = operands[slot.index]
+    return bordered(slot, operands[slot.index], scale)
+
+
+def bordered(slot: Slot, value: Any, scale: torch.Tensor | None) -> Any:
+    """A value as a rewritten graph takes it: cast, and at the border of the fp16 region, scaled."""
     if slot.scaled and scale is not None:
         return traceable_lower(value, slot.dtype or value.dtype, scale)
     return value if slot.dtype is None else value.to(slot.dtype)
@@ -364,4 +371,4 @@ def traceable_widen(h: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) ->
     return cast(torch.Tensor, cast(Any, _Widen).apply(h, dtype, scale))
 
 
-_TRACEABLE: dict[Any, Any] = {ops.LOWER: traceable_lower, ops.WIDEN: traceable_widen}
+TRACEABLE: dict[Any, Any] = {ops.LOWER: traceable_lower, ops.WIDEN: traceable_widen}

@@ -14,6 +14,7 @@ from torch._inductor.compile_fx import compile_fx_inner
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpgraph.errors import PrecisionError
+from mpgraph.infer import fake_mode_of
 from mpgraph.passes.remove_dead import remove_dead
 from mpgraph.passes.share_counters import share_counters
 from mpgraph.passes.tensor_numbers import tensor_numbers
@@ -92,12 +93,10 @@ class Halves:
             self._first = _compile(forward, forward.values, options, strides, backward=False)
             values = _restrided(forward, backward, strides)
             self._second = _compile(backward, values, options, [], backward=True)
-        seed = backward.values[backward.sources.index(SEED)] if SEED in backward.sources else None
-        self._seed = (
-            None
-            if seed is None
-            else torch.ones((), dtype=seed.dtype, device=seed.device).expand(seed.shape).clone()
-        )
+        self._seed: torch.Tensor | None = None  # the gradient of the loss
+        if SEED in backward.sources:
+            like = backward.values[backward.sources.index(SEED)]
+            self._seed = torch.ones(like.shape, dtype=like.dtype, device=like.device)
         self._count = 1 + max(i for k, i in (*forward.results, *backward.results) if k == "output")
 
     def __call__(self, *values: Any) -> Sequence[Any]:
@@ -136,7 +135,7 @@ def _compile(
 ) -> Callable[[list[Any]], Sequence[Any]]:
     """Compile one half; ``strides`` is filled with those of its results."""
     fixed = [i for i, (kind, _) in enumerate(half.sources) if kind == "input"]
-    mode = next(cast(Any, v).fake_mode for v in values if isinstance(v, torch.Tensor))
+    mode: Any = fake_mode_of(values)
     context = TracingContext(mode)
     # What is kept for the backward half may lie as Inductor likes it; results lie as they do.
     visible = [i for i, (kind, _) in enumerate(half.results) if kind == "output"]

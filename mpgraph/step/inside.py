@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,18 +12,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import tracing
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
 
-from mpgraph import ops
 from mpgraph.capture.captured import Assignment, Slot
-from mpgraph.capture.region import traceable_lower, traceable_widen
+from mpgraph.capture.region import TRACEABLE, bordered, untraced
 from mpgraph.errors import CaptureError
 from mpgraph.gather import home_of
 from mpgraph.module import Specialisation, State, tracing_step
 from mpgraph.places import is_users
-from mpgraph.structure import flatten, leaf_names, unflatten
+from mpgraph.structure import count_leaves, flatten, unflatten
 
 # What a node of the step inherits from the node of a rewritten graph that it comes from.
 _INHERITED = ("module_path", "stack_trace", "decision", "nn_module_stack", "inserted")
@@ -36,7 +32,7 @@ class Assigned:
 
     module: nn.Module
     assignment: Assignment
-    value: Any
+    leaves: Sequence[Any]
 
 
 class Inside:
@@ -46,9 +42,7 @@ class Inside:
         self.graph = graph
         self.states: list[State] = []
         self.assigned: list[Assigned] = []
-        self._thread = threading.get_ident()
         self._made: dict[Any, dict[str, Any]] = {}
-        self._alive: list[Any] = []
         self._last = _last_node(graph)
         self._in_model = False
 
@@ -63,7 +57,7 @@ class Inside:
     ) -> Any:
         """One call of a converted model, in operators that autograd and the trace can see."""
         leaves, spec = flatten(state.bind(model, args, kwargs))
-        with _untraced():
+        with untraced(), torch._C.DisableTorchFunction():
             entry = state.find(model, [_stand_in(leaf) for leaf in leaves], spec)
         if not isinstance(entry, Specialisation):
             raise CaptureError(_carried_by_dynamo(state, entry))
@@ -83,12 +77,11 @@ class Inside:
     def _note_assignments(
         self, model: nn.Module, entry: Specialisation, outputs: Sequence[Any]
     ) -> None:
-        start = sum(1 for _ in leaf_names(entry.captured.output))
+        start = count_leaves(entry.captured.output)
         for assignment in entry.captured.assignments:
-            count = sum(1 for _ in leaf_names(assignment.spec))
-            value = unflatten(assignment.spec, outputs[start : start + count])
+            count = count_leaves(assignment.spec)
             module = model.get_submodule(assignment.module)
-            self.assigned.append(Assigned(module, assignment, value))
+            self.assigned.append(Assigned(module, assignment, outputs[start : start + count]))
             start += count
 
     def note(self, meta: dict[str, Any], result: Any = None) -> None:
@@ -98,7 +91,6 @@ class Inside:
                 node.meta.setdefault(key, value)
         for grad_fn in _grad_fns(result, self._made):
             self._made[grad_fn] = meta
-            self._alive.append(grad_fn)
 
     def new_nodes(self) -> list[fx.Node]:
         """The nodes that were recorded since this was asked last."""
@@ -138,15 +130,14 @@ class _Running(fx.Interpreter):
         """As always; then say where the new nodes come from."""
         result = super().run_node(n)
         meta = {key: n.meta[key] for key in _INHERITED if key in n.meta}
-        self.inside.note({**meta, "origin": n.name}, result)
+        self.inside.note(meta, result)
         return result
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Scaled casts by operators that a backend can fuse."""
-        return super().call_function(_TRACEABLE.get(target, target), args, kwargs)
+        return super().call_function(TRACEABLE.get(target, target), args, kwargs)
 
 
-_TRACEABLE: dict[Any, Any] = {ops.LOWER: traceable_lower, ops.WIDEN: traceable_widen}
 _BATCH_NORM = frozenset(
     {
         torch.batch_norm, torch.instance_norm,
@@ -222,9 +213,7 @@ def _value(
     else:
         table, name = home_of(model, slot)
         value = table[name]
-    if slot.scaled:
-        return traceable_lower(value, slot.dtype or value.dtype, state.scale.value.scale)
-    return value if slot.dtype is None else value.to(slot.dtype)
+    return bordered(slot, value, state.scale.value.scale)
 
 
 def _stand_in(leaf: Any) -> Any:
@@ -239,17 +228,6 @@ def _stand_in(leaf: Any) -> Any:
             with torch.enable_grad():
                 made = made.view_as(made)
     return made
-
-
-@contextlib.contextmanager
-def _untraced() -> Iterator[None]:
-    with (
-        _disable_current_modes(),
-        torch._C.DisableTorchFunction(),
-        torch._C._DisablePythonDispatcher(),
-        tracing(None),
-    ):
-        yield
 
 
 def _carried_by_dynamo(state: State, entry: Any) -> str:

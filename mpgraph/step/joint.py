@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from mpgraph.infer import fake_mode_of
 from mpgraph.pipeline import PassContext
 from mpgraph.step.slots import StepSlot, place_name
 
@@ -73,6 +74,17 @@ def slot_node(graph: fx.Graph, slot: StepSlot, value: Any) -> fx.Node:
     return made
 
 
+def fresh(value: torch.Tensor) -> torch.Tensor:
+    """Another value of the same kind: what is traced is told apart by its values."""
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def mark(graph: fx.Graph, part: str) -> None:
+    """Every node that belongs to no part of the step yet belongs to this one."""
+    for node in graph.nodes:
+        node.meta.setdefault("part", part)
+
+
 def append(
     graph: fx.Graph, function: Callable[..., Any], inputs: Sequence[fx.Node], part: str
 ) -> list[fx.Node]:
@@ -88,15 +100,10 @@ def append(
         The node of each result.
     """
     values = [node.meta["val"] for node in inputs]
-    mode = next(v.fake_mode for v in values if hasattr(v, "fake_mode"))
-    with mode, torch.no_grad(), warnings.catch_warnings():
+    with fake_mode_of(values), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Each a value of its own: what is traced is told apart by it.
-        values = [
-            torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values
-        ]
         traced: Any = torch.func.functionalize(lambda *v: function(*v), remove="mutations")
-        gm = make_fx(traced, _allow_non_fake_inputs=True)(*values)
+        gm = make_fx(traced, _allow_non_fake_inputs=True)(*map(fresh, values))
     return inline(graph, gm.graph, inputs, part)
 
 

@@ -15,6 +15,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from mpgraph.step.joint import fresh
+
 _COPY = torch.ops.aten.copy_.default
 # By this name AOTAutograd's partitioner knows where the backward half begins.
 _SEED = "tangents_1"
@@ -93,18 +95,17 @@ def _functional(gm: fx.GraphModule, mode: FakeTensorMode) -> fx.GraphModule:
     copies: dict[fx.Node, fx.Node] = {}
     output = seeded.graph_copy(gm.graph, copies)
     seeded.output(output)
-    seed = copies[next(n for n in gm.graph.nodes if _is_seed(n))]
+    loss = next(n for n in gm.graph.nodes if _is_seed(n))
+    seed = copies[loss]
     last = list(seeded.find_nodes(op="placeholder"))[-1]
     with seeded.inserting_after(last):
         placeholder = seeded.placeholder(_SEED)
     seed.replace_all_uses_with(placeholder)
     seeded.erase_node(seed)
-    slots = list(gm.graph.find_nodes(op="placeholder"))
-    loss = next(n for n in gm.graph.nodes if _is_seed(n))
+    slots = gm.graph.find_nodes(op="placeholder")
     with mode, torch.no_grad(), warnings.catch_warnings(), enable_python_dispatcher():
         warnings.simplefilter("ignore")
-        values = [_fresh(node.meta["val"]) for node in slots]
-        values.append(_fresh(loss.meta["val"]))
+        values = [fresh(node.meta["val"]) for node in (*slots, loss)]
         traced: Any = torch.func.functionalize(fx.GraphModule(gm, seeded), remove="mutations")
         whole = make_fx(
             traced, decomposition_table=select_decomp_table(), _allow_non_fake_inputs=True
@@ -123,10 +124,6 @@ def _functional(gm: fx.GraphModule, mode: FakeTensorMode) -> fx.GraphModule:
 def _is_seed(node: fx.Node) -> bool:
     is_ones = node.target is torch.ops.aten.ones_like.default
     return is_ones and node.meta.get("part") == "backward"
-
-
-def _fresh(value: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _take_out_writes(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -78,10 +78,6 @@ class Homes:
     def slot_of(self, tensor: torch.Tensor) -> StepSlot | None:
         """The slot of a tensor that is in one of the modules."""
         return self._slots.get(id(tensor))
-
-    def names(self) -> Iterator[tuple[int, str]]:
-        """The identity and the name of every tensor."""
-        return ((key, slot.name) for key, slot in self._slots.items())
 
 
 def _reader(table: dict[str, Any], name: str) -> Read:

@@ -9,14 +9,16 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
+from mpgraph.capture.breaks import line_of_error
 from mpgraph.capture.writes import writes_taken_back
 from mpgraph.errors import CaptureError, MPGraphError
 from mpgraph.module import State
 from mpgraph.step.inside import Assigned, Inside
+from mpgraph.step.joint import mark
 from mpgraph.step.loss import LossFunction, loss_of
 from mpgraph.step.slots import Homes, StepSlot, place_name
 from mpgraph.structure import Spec, flatten, opaque_values, unflatten
@@ -96,7 +98,6 @@ class _Trace:
         self.result: Spec | None = None
         self.count = 0
         self.named: list[str] = []
-        self.scales: dict[int, StepSlot] = {}
 
     def __call__(self, *leaves: Any) -> list[Any]:
         mode = get_proxy_mode()
@@ -109,24 +110,20 @@ class _Trace:
         self._refuse_opaque(value)
         if self.divisor > 1:
             loss = loss / self.divisor
-        inside.note({"part": "forward"})
-        for node in inside.graph.nodes:
-            node.meta.setdefault("part", "forward")
+        mark(inside.graph, "forward")
         inside.watch_backward()
         gradients = torch.autograd.grad(loss, [*self.parameters.values()], allow_unused=True)
         pairs = zip(gradients, self.parameters.values(), strict=True)
         laid_out = [_laid_out(gradient, parameter) for gradient, parameter in pairs]
         inside.note({})
-        for node in inside.graph.nodes:
-            node.meta.setdefault("part", "backward")
+        mark(inside.graph, "backward")
         self.named = [n for n, g in zip(self.parameters, laid_out, strict=True) if g is not None]
         outputs, self.result = flatten(value)
         for assigned in inside.assigned:
-            outputs.extend(flatten(assigned.value)[0])
+            outputs.extend(assigned.leaves)
         self.count = len(outputs)
         returned = [*(o.detach() for o in outputs), *(g for g in laid_out if g is not None)]
-        for node in inside.graph.nodes:
-            node.meta.setdefault("part", "forward")
+        mark(inside.graph, "forward")
         return returned
 
     def _refuse_opaque(self, value: Any) -> None:
@@ -158,14 +155,12 @@ def _traced(trace: _Trace, fakes: Sequence[Any]) -> fx.GraphModule:
         raise
     except (
         GuardOnDataDependentSymNode,
-        torch._subclasses.fake_tensor.DataDependentOutputException,
+        DataDependentOutputException,
     ) as error:
         raise CaptureError(_needs_a_value(error)) from error
 
 
 def _needs_a_value(error: Exception) -> str:
-    from mpgraph.capture.breaks import line_of_error
-
     line = line_of_error(error)
     where = f" at {line}" if line else ""
     return (

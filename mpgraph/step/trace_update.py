@@ -24,10 +24,17 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.optim import Optimizer
 
 from mpgraph.capture.breaks import line_of_error
+from mpgraph.capture.export import compiling
 from mpgraph.errors import CaptureError
 from mpgraph.finite import find_non_finite
 from mpgraph.precision import logger
-from mpgraph.step.joint import StepContext
+from mpgraph.step.joint import StepContext, fresh, mark
+from mpgraph.step.optimizer_places import (
+    Place,
+    hyperparameters,
+    is_hyperparameter,
+    state_tensors,
+)
 from mpgraph.step.slots import StepSlot, place_name
 
 
@@ -52,14 +59,6 @@ class Update:
     hyperparameters: list[StepSlot]
     holds: Callable[[Sequence[float]], bool]
     is_fused: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where an optimizer keeps one tensor or number."""
-
-    slot: StepSlot
-    value: Any
 
 
 def trace_update(
@@ -127,85 +126,6 @@ def trace_fused_update(
         return None
 
 
-def hyperparameters(optimizer: Optimizer) -> list[Place]:
-    """Every floating-point number, and every tensor, in the parameter groups."""
-    found = []
-    for index, group in enumerate(optimizer.param_groups):
-        for key, value in group.items():
-            if key == "params":
-                continue
-            items = enumerate(value) if isinstance(value, (tuple, list)) else [(None, value)]
-            for position, item in items:
-                if isinstance(item, (float, torch.Tensor)):
-                    name = key if position is None else f"{key}[{position}]"
-                    read = _group_reader(optimizer, index, key, position)
-                    slot = StepSlot("hyperparameter", f"{name} of group {index}", read)
-                    found.append(Place(slot, item))
-    return found
-
-
-def _group_reader(
-    optimizer: Optimizer, index: int, key: str, position: int | None
-) -> Callable[[], Any]:
-    if position is None:
-        return lambda: optimizer.param_groups[index][key]
-    return lambda: optimizer.param_groups[index][key][position]
-
-
-def state_tensors(optimizer: Optimizer, names: dict[int, str]) -> list[tuple[Any, str, Place]]:
-    """Every tensor of the optimizer's state: its parameter, its key, its place."""
-    found = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, torch.Tensor):
-                    read = _state_reader(optimizer, parameter, key)
-                    slot = StepSlot("state", f"{key} of {names[id(parameter)]}", read)
-                    found.append((parameter, key, Place(slot, value)))
-    return found
-
-
-def counters_to_device(optimizer: Optimizer) -> None:
-    """Move state without dimensions, such as step counters, to where its parameter is.
-
-    So that nothing in a step is for the host. ``capturable`` tells torch.optim about it.
-    """
-    for group in optimizer.param_groups:
-        moved = False
-        for parameter in group["params"]:
-            for key, value in optimizer.state.get(parameter, {}).items():
-                is_counter = isinstance(value, torch.Tensor) and value.dim() == 0
-                if is_counter and value.device != parameter.device:
-                    optimizer.state[parameter][key] = value.to(parameter.device)
-                    moved = True
-        if moved and "capturable" in group:
-            group["capturable"] = True
-
-
-def counters_of(optimizer: Optimizer) -> list[torch.Tensor]:
-    """State tensors without dimensions."""
-    return [
-        value
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor) and value.dim() == 0
-    ]
-
-
-def equal_counters(optimizer: Optimizer, names: dict[int, str]) -> tuple[frozenset[str], ...]:
-    """The names of state tensors without dimensions that hold equal numbers, by key and value."""
-    groups: dict[Any, set[str]] = {}
-    for _, key, place in state_tensors(optimizer, names):
-        value = place.value
-        if value.dim() == 0 and value.is_floating_point():
-            groups.setdefault((key, float(value), value.device), set()).add(place.slot.name)
-    return tuple(frozenset(found) for found in groups.values() if len(found) > 1)
-
-
-def _state_reader(optimizer: Optimizer, parameter: Any, key: str) -> Callable[[], Any]:
-    return lambda: optimizer.state[parameter][key]
-
-
 def _may_be_capturable(optimizer: Optimizer) -> bool:
     return any("capturable" in group for group in optimizer.param_groups)
 
@@ -244,7 +164,7 @@ class _Tracing:
         with self.mode, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             numbers = [self._number(place, i) for i, place in enumerate(self.hyper)]
-            with _compiling(self.capturable), _symbolic_builtins(type(self.optimizer)):
+            with compiling(self.capturable), _symbolic_builtins(type(self.optimizer)):
                 gm = make_fx(self._step, _allow_non_fake_inputs=True)(*self._inputs(numbers))
             if not self.fused:
                 # A second time: composite operators are not all opened where writes are taken out.
@@ -261,21 +181,12 @@ class _Tracing:
             *(place.value for _, _, place in self.states),
         )
         scales = [slot.read() for _, slots in self.scales for slot in slots if slot.read]
-        return [*map(self._fake, tensors), *numbers, *map(self._fake, scales)]
-
-    def _device(self) -> torch.device:
-        return cast(torch.device, next(iter(self.parameters.values())).device)
-
-    def _fake(self, value: Any) -> torch.Tensor:
-        """A new one each time: what is traced is told apart by it."""
-        return torch.empty_strided(
-            value.shape, value.stride(), dtype=value.dtype, device=value.device
-        )
+        return [*map(fresh, tensors), *numbers, *map(fresh, scales)]
 
     def _number(self, place: Place, index: int) -> Any:
         """A number that the graph takes as an input."""
         if isinstance(place.value, torch.Tensor):
-            return self._fake(place.value)
+            return fresh(place.value)
         if self.lr is not None and _is_learning_rate(place.slot):
             return torch.empty_like(self.lr)
         source = ConstantSource(f"hyperparameter_{index}")
@@ -308,9 +219,9 @@ class _Tracing:
         new = {n: fakes[n] for n in self.gradients}
         for (parameter, key, place), old in zip(self.states, states, strict=True):
             name = self.names[id(parameter)]
-            found = shadow.state[fakes[name]].get(key)
-            if found is not old and isinstance(found, torch.Tensor):
-                old.copy_(found)
+            kept = shadow.state[fakes[name]].get(key)
+            if kept is not old and isinstance(kept, torch.Tensor):
+                old.copy_(kept)
             new[place.slot.name] = old
         if self.fused:
             new = {} if self.found is None else {"found_inf": self.found}
@@ -356,10 +267,10 @@ class _Tracing:
             if key == "params":
                 new[key] = [fakes[self.names[id(p)]] for p in value]
             elif isinstance(value, (tuple, list)):
-                items = [next(numbers) if _is_hyper(v) else v for v in value]
+                items = [next(numbers) if is_hyperparameter(v) else v for v in value]
                 new[key] = type(value)(items)
             else:
-                new[key] = next(numbers) if _is_hyper(value) else value
+                new[key] = next(numbers) if is_hyperparameter(value) else value
         flags = {"foreach": False, "fused": self.fused, "capturable": self.capturable}
         return {**new, **{key: flag for key, flag in flags.items() if key in new}}
 
@@ -433,8 +344,7 @@ class _Tracing:
 def _tag(part: str) -> None:
     """What was traced since the last part is this one."""
     mode: Any = get_proxy_mode()
-    for node in mode.tracer.graph.nodes if mode is not None else ():
-        node.meta.setdefault("part", part)
+    mark(mode.tracer.graph, part)
 
 
 def _is_learning_rate(slot: StepSlot) -> bool:
@@ -443,10 +353,6 @@ def _is_learning_rate(slot: StepSlot) -> bool:
 
 def _constant(value: Any) -> Callable[[], Any]:
     return lambda: value
-
-
-def _is_hyper(value: Any) -> bool:
-    return isinstance(value, (float, torch.Tensor))
 
 
 class _State(dict[str, Any]):
@@ -474,16 +380,6 @@ def _plain_values(shadow: Any) -> dict[str, Any]:
             if isinstance(value, int):
                 found[f"param_groups[...][{key!r}]"] = value
     return found
-
-
-@contextlib.contextmanager
-def _compiling(says: bool) -> Iterator[None]:
-    before = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = says
-    try:
-        yield
-    finally:
-        torch.compiler._is_compiling_flag = before
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from mpgraph.conversion import convert
 from mpgraph.errors import CaptureError, MPGraphError, PrecisionError
 from mpgraph.guarding import guard, guard_of
 from mpgraph.loss_scale import LossScale
-from mpgraph.module import MixedPrecision, State, state_of
+from mpgraph.module import MixedPrecision, State, make_assignment, state_of
 from mpgraph.pipeline import PassReport
 from mpgraph.plain import STATE
 from mpgraph.policy import Policy
@@ -22,20 +22,13 @@ from mpgraph.step.assemble import assemble, flat_outputs, moving_scales
 from mpgraph.step.compiled import Backend
 from mpgraph.step.joint import StepContext, gradients_of
 from mpgraph.step.loss import LossFunction, models_own_loss
+from mpgraph.step.optimizer_places import counters_of, counters_to_device, equal_counters
 from mpgraph.step.program import Launch, Program, with_fused_update
 from mpgraph.step.report import StepReport
 from mpgraph.step.slots import StepSlot, step_slots
 from mpgraph.step.trace_gradients import Gradients, trace_gradients
-from mpgraph.step.trace_update import (
-    NewState,
-    Update,
-    counters_of,
-    counters_to_device,
-    equal_counters,
-    trace_fused_update,
-    trace_update,
-)
-from mpgraph.structure import Spec, flatten, leaf_names, unflatten
+from mpgraph.step.trace_update import NewState, Update, trace_fused_update, trace_update
+from mpgraph.structure import Spec, count_leaves, flatten, unflatten
 
 
 class TrainStep:
@@ -145,10 +138,11 @@ class TrainStep:
         """Take one step, or add one batch to it; what the loss function returned, detached."""
         leaves, spec = flatten((args, kwargs))
         is_last = self._batches + 1 == self.accumulation_steps
-        program = self._program(leaves, spec, is_last)
-        outputs = program(leaves) if program is not None else self._first_step(leaves, spec)
+        batch = self._key(leaves, spec)
+        program = self._program(batch, leaves, is_last)
+        gradients = self._gradients[batch]
+        outputs = self._first_step(gradients, leaves) if program is None else program(leaves)
         self._batches = 0 if is_last else self._batches + 1
-        gradients = self._gradients[self._key(leaves, spec)]
         if is_last:
             self._updated = frozenset(gradients_of(gradients.graph_module.graph))
             self._note_step(outputs)
@@ -211,26 +205,20 @@ class TrainStep:
         self._state.weights.clear()
 
     def _result(self, gradients: Gradients, values: Sequence[Any]) -> Any:
-        count = sum(1 for _ in leaf_names(gradients.result))
-        start = count
+        count = start = count_leaves(gradients.result)
         for assigned in gradients.assigned:
-            size = sum(1 for _ in leaf_names(assigned.assignment.spec))
-            value = unflatten(assigned.assignment.spec, values[start : start + size])
-            table = (
-                assigned.module._buffers if assigned.assignment.is_buffer else vars(assigned.module)
-            )
-            table[assigned.assignment.name] = value
+            size = len(assigned.leaves)
+            make_assignment(assigned.module, assigned.assignment, values[start : start + size])
             start += size
         return unflatten(gradients.result, values[:count])
 
-    def _program(self, leaves: list[Any], spec: Spec, is_last: bool) -> Program | None:
+    def _program(self, batch: Any, leaves: list[Any], is_last: bool) -> Program | None:
         """The graph for this batch, made if there is none; None for a first step."""
-        batch = self._key(leaves, spec)
         key = (batch, self._layout() if is_last else None, is_last)
         found = self._programs.get(key)
         if found is not None and self._holds(key):
             return found
-        gradients = self._traced(batch, leaves, spec)
+        gradients = self._traced(batch, leaves)
         update = self._traced_update(key, gradients) if is_last else None
         if is_last and update is None:
             return None
@@ -274,12 +262,12 @@ class TrainStep:
         now = [slot.read() for slot in update.hyperparameters]  # type: ignore[misc]
         return update.holds(now)
 
-    def _traced(self, batch: Any, leaves: list[Any], spec: Spec) -> Gradients:
+    def _traced(self, batch: Any, leaves: list[Any]) -> Gradients:
         if batch not in self._gradients:
             self._refuse_hooks()
             parameters = dict(_trained(self.optimizer, self._names))
             self._gradients[batch] = trace_gradients(
-                self.model, self.loss_fn, parameters, leaves, spec, self.accumulation_steps
+                self.model, self.loss_fn, parameters, leaves, batch[0], self.accumulation_steps
             )
         return self._gradients[batch]
 
@@ -335,13 +323,8 @@ class TrainStep:
         return made
 
     def _context(self, gradients: Gradients, is_last: bool) -> StepContext:
-        base = self._state.context()
         return StepContext(
-            policy=base.policy,
-            compute=base.compute,
-            device=base.device,
-            strict=base.strict,
-            scaled=base.scaled,
+            **vars(self._state.context()),
             max_grad_norm=self._max_grad_norm,
             check_finite=self._check_finite,
             sums=self._sum_slots(gradients) if self.accumulation_steps > 1 else {},
@@ -362,9 +345,8 @@ class TrainStep:
     def _sum_reader(self, name: str) -> Any:
         return lambda: self._sums[name]
 
-    def _first_step(self, leaves: list[Any], spec: Spec) -> dict[str, Any]:
+    def _first_step(self, gradients: Gradients, leaves: list[Any]) -> dict[str, Any]:
         """A step whose update the optimizer makes itself, and with it its state."""
-        gradients = self._traced(self._key(leaves, spec), leaves, spec)
         context = self._context(gradients, True)
         gm, reports = assemble(gradients.graph_module, None, context, checked=False)
         names = flat_outputs(gm)
