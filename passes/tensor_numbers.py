@@ -50,6 +50,7 @@ def tensor_numbers(graph: fx.Graph, context: StepContext) -> int:
             numbers[node] = editor.arithmetic()
         else:
             node.replace_all_uses_with(editor.operator())
+            graph.erase_node(node)
         edits += 1
     for node in reversed(list(graph.nodes)):
         if (
@@ -193,6 +194,14 @@ def _fused(inner: OpOverload) -> Callable[..., fx.Node]:
     return rewrite
 
 
+def _power(edit: _Editor, base: Any, exponent: Any) -> fx.Node:
+    return edit.call(aten.pow.Tensor_Tensor, edit.number(base), exponent)
+
+
+def _itself(edit: _Editor, value: Any, **_: Any) -> fx.Node:
+    return edit.call(aten.alias.default, edit.numbers[value])
+
+
 def _lerp(edit: _Editor, a: Any, b: Any, weight: Any) -> fx.Node:
     return edit.call(aten.lerp.Tensor, a, b, edit.number(weight))
 
@@ -224,8 +233,14 @@ _REWRITES: dict[Any, Callable[..., fx.Node]] = {
     aten.sub.Scalar: _sum(aten.sub.Tensor),
     aten.rsub.Scalar: _reversed_sub,
     aten.pow.Tensor_Scalar: _binary(aten.pow.Tensor_Tensor),
+    aten.pow.Scalar: _power,
     aten.addcmul.default: _fused(aten.mul.Tensor),
     aten.addcdiv.default: _fused(aten.div.Tensor),
+    aten.scalar_tensor.default: _itself,
     aten.lerp.Scalar: _lerp,
     aten.clamp.default: _clamp,
+    **{
+        compare.Scalar: _binary(compare.Tensor)
+        for compare in (aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge)
+    },
 }

@@ -14,6 +14,11 @@ from torch import nn
 
 import mpgraph
 from mpgraph.module import state_of
+from mpgraph.passes.tensor_numbers import tensor_numbers
+from mpgraph.pipeline import run_passes
+from mpgraph.step.assemble import copied
+from mpgraph.step.program import Numbers
+from mpgraph.step.slots import step_slots
 
 OVERFLOWS = (4, 5, 9)
 
@@ -193,6 +198,37 @@ def test_radam_takes_the_path_without_branches() -> None:
         pair.take(index)
     for a, b in zip(*pair.states(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+OTHERS: dict[str, Callable[[Any], optim.Optimizer]] = {
+    "radam": lambda p: optim.RAdam(p, lr=0.01, foreach=False),
+    "asgd": lambda p: optim.ASGD(p, lr=0.01, foreach=False),
+    "rprop": lambda p: optim.Rprop(p, lr=0.01, foreach=False),
+}
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *OTHERS])
+def test_numbers_become_tensors(name: str) -> None:
+    """What a backend compiles computes what the graph with Python's numbers does."""
+    pair = Pair("fp32", {**OPTIMIZERS, **OTHERS}[name])
+    for index in range(3):
+        pair.take(index)
+    (program,) = pair.step._programs.values()
+    other = copied(program.graph_module)
+    assert run_passes(other, (tensor_numbers,), pair.step._context(program.gradients, True))
+    leaves, found = list(batch(7, False)), []
+    state = copy.deepcopy(pair.step.state_dict())
+    for run, graph in ((program.launch.run, program.graph_module), (other.forward, other)):
+        pair.step.load_state_dict(copy.deepcopy(state))
+        torch.manual_seed(0)
+        slots = step_slots(graph.graph)
+        values = [leaves[slot.index] if slot.read is None else slot.read() for slot in slots]
+        with torch.no_grad():
+            run(*Numbers(slots).put(values))
+        found.append([value.clone() for value in pair.states()[0]])
+    assert not any(isinstance(n.meta.get("val"), torch.SymFloat) for n in other.graph.nodes)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 def test_parameter_groups_and_frozen_parameters() -> None:

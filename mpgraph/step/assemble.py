@@ -83,7 +83,7 @@ def _append_update(graph: fx.Graph, update: Update) -> None:
         else:
             found = places.get(slot.name)
             inputs.append(found or slot_node(graph, slot, node.meta["val"]))
-    new: Any = inline(graph, update.graph_module.graph, inputs, "update")
+    new: Any = inline(graph, update.graph_module, inputs, "update")
     outputs = outputs_of(graph)
     del outputs["gradients"]
     set_outputs(graph, {**outputs, "new": new})

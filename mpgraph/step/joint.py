@@ -104,16 +104,24 @@ def append(
         warnings.simplefilter("ignore")
         traced: Any = torch.func.functionalize(lambda *v: function(*v), remove="mutations")
         gm = make_fx(traced, _allow_non_fake_inputs=True)(*map(fresh, values))
-    return inline(graph, gm.graph, inputs, part)
+    return inline(graph, gm, inputs, part)
 
 
-def inline(graph: fx.Graph, other: fx.Graph, inputs: Sequence[fx.Node], part: str) -> list[Any]:
+def inline(
+    graph: fx.Graph, other: fx.GraphModule, inputs: Sequence[fx.Node], part: str
+) -> list[Any]:
     """Copy another graph to the end of this one, on these inputs; what it returns."""
-    copies = dict(zip(other.find_nodes(op="placeholder"), inputs, strict=True))
+    copies = dict(zip(other.graph.find_nodes(op="placeholder"), inputs, strict=True))
     with graph.inserting_before(graph.output_node()):
-        returned = graph.graph_copy(other, copies)
-    for node in other.nodes:
-        if node.op not in ("placeholder", "output"):
-            copies[node].meta = {**node.meta, "part": part}
+        returned = graph.graph_copy(other.graph, copies)
+    owner: Any = graph.owning_module
+    for node in other.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        copies[node].meta = {**node.meta, "part": part}
+        if node.op == "get_attr":  # a constant that the traced function has made
+            name = f"{part}_{node.target}"
+            setattr(owner, name, getattr(other, str(node.target)))
+            copies[node].target = name
     graph.lint()
     return cast("list[Any]", returned)
