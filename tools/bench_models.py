@@ -111,7 +111,10 @@ def gpt(large: bool) -> Case:
         batch = torch.randint(0, 50304, (8, 1025))
     else:
         config, batch = GPTConfig(), torch.randint(0, 256, (8, 129))
-    return GPT(config), lambda model, x, y: model(x, y), (batch[:, :-1], batch[:, 1:])
+    model = GPT(config)
+    if large:  # or the head would add another 39 million
+        model.head.weight = model.tokens.weight
+    return model, lambda model, x, y: model(x, y), (batch[:, :-1], batch[:, 1:])
 
 
 def bert(large: bool) -> Case:

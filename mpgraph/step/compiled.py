@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -12,6 +14,7 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mpgraph.errors import PrecisionError
 from mpgraph.infer import fake_mode_of
@@ -92,7 +95,9 @@ class Halves:
             strides: list[Any] = []
             self._first = _compile(forward, forward.values, options, strides, backward=False)
             values = _restrided(forward, backward, strides)
-            self._second = _compile(backward, values, options, [], backward=True)
+            given = _given_away(forward, backward)
+            _name_given(backward, given)
+            self._second = _compile(backward, values, options, [], backward=True, given=given)
         self._seed: torch.Tensor | None = None  # the gradient of the loss
         if SEED in backward.sources:
             like = backward.values[backward.sources.index(SEED)]
@@ -132,11 +137,17 @@ def _compile(
     strides: list[Any],
     *,
     backward: bool,
+    given: Sequence[int] = (),
 ) -> Callable[[list[Any]], Sequence[Any]]:
-    """Compile one half; ``strides`` is filled with those of its results."""
+    """Compile one half; ``strides`` is filled with those of its results.
+
+    It may write its own values to the memory of the ``given`` inputs.
+    """
     fixed = [i for i, (kind, _) in enumerate(half.sources) if kind == "input"]
     mode: Any = fake_mode_of(values)
     context = TracingContext(mode)
+    metadata: Any = types.SimpleNamespace(bw_donated_idxs=[*given])  # as AOTAutograd says it
+    context.fw_metadata = metadata
     # What is kept for the backward half may lie as Inductor likes it; results lie as they do.
     visible = [i for i, (kind, _) in enumerate(half.results) if kind == "output"]
     half.graph_module.graph.output_node().meta["user_visible_output_idxs"] = visible
@@ -152,6 +163,31 @@ def _compile(
         )
         strides.extend(reported or [])
     return cast("Callable[[list[Any]], Sequence[Any]]", compiled)
+
+
+def _given_away(forward: Half, backward: Half) -> list[int]:
+    """Which inputs of the backward half are kept for it alone, in memory that nothing else has."""
+    everything = [*forward.values, *forward.returned, *backward.returned]
+    counts = collections.Counter(map(_memory, everything))
+    kept = dict(zip(forward.results, forward.returned, strict=True))
+    return [
+        index
+        for index, source in enumerate(backward.sources)
+        if source in kept and counts[_memory(kept[source])] == 1
+    ]
+
+
+def _name_given(backward: Half, given: Sequence[int]) -> None:
+    """Tell halves with other given inputs apart: Inductor's cache knows them by their text."""
+    places = list(backward.graph_module.graph.find_nodes(op="placeholder"))
+    for index in given:
+        places[index].target = f"given_{places[index].target}"
+    backward.graph_module.recompile()
+
+
+def _memory(value: Any) -> Any:
+    """What tensors that share memory have in common."""
+    return StorageWeakRef(value.untyped_storage()) if isinstance(value, torch.Tensor) else None
 
 
 def _restrided(forward: Half, backward: Half, strides: list[Any]) -> list[Any]:
