@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch._inductor.config
 from torch import nn
 from torch.profiler import profile
 
 import mpgraph
 from mpgraph.step import compiled
+from mpgraph.step.replay import _memory
 
 
 def _peak(call) -> int:
@@ -35,7 +37,18 @@ def _exponential_step():
 
 
 def test_the_backward_half_writes_to_memory_that_was_kept_for_it(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     kept = 1024 * 1024 * 4  # the exponential
     assert _peak(_exponential_step()) < 1.5 * kept
     monkeypatch.setattr(compiled, "_given_away", lambda *halves: [])
     assert _peak(_exponential_step()) > 1.9 * kept
+
+
+def test_a_replay_takes_batches_with_gaps_and_overlaps():
+    for value in (torch.arange(24.0).view(4, 6)[:, 1:], torch.ones(3, 1).expand(3, 5)):
+        memory = _memory(value).clone()
+        place = memory.as_strided(value.shape, value.stride())
+        memory.zero_()
+        _memory(place).copy_(_memory(value))
+        assert place.stride() == value.stride()
+        assert torch.equal(place, value)

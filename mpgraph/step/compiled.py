@@ -71,7 +71,7 @@ class Backend:
             )
         tuned = mode.startswith("max-autotune")
         return cls(
-            options={"max_autotune": True} if tuned else {},
+            options={"max_autotune": True, "combo_kernels": True} if tuned else {},
             replayed=mode in ("reduce-overhead", "max-autotune"),
             fused=not tuned,
         )
@@ -187,7 +187,9 @@ def _name_given(backward: Half, given: Sequence[int]) -> None:
 
 def _memory(value: Any) -> Any:
     """What tensors that share memory have in common."""
-    return StorageWeakRef(value.untyped_storage()) if isinstance(value, torch.Tensor) else None
+    if not isinstance(value, torch.Tensor):
+        return None
+    return StorageWeakRef(value.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def _restrided(forward: Half, backward: Half, strides: list[Any]) -> list[Any]:

@@ -28,6 +28,8 @@ class StepContext(PassContext):
         scales: For each loss scale: how it moves by its three tensors and the flag, and their
             slots.
         equal: Names of tensors without dimensions that hold equal numbers.
+        loss_rows: How many rows of a final linear layer and its cross-entropy are computed at a
+            time; None: all.
     """
 
     max_grad_norm: float | None = None
@@ -36,6 +38,7 @@ class StepContext(PassContext):
     is_last: bool = True
     scales: tuple[tuple[Callable[..., Any], tuple[StepSlot, ...]], ...] = ()
     equal: tuple[frozenset[str], ...] = ()
+    loss_rows: int | None = None
 
 
 def outputs_of(graph: fx.Graph) -> dict[str, Any]:
@@ -86,7 +89,11 @@ def mark(graph: fx.Graph, part: str) -> None:
 
 
 def append(
-    graph: fx.Graph, function: Callable[..., Any], inputs: Sequence[fx.Node], part: str
+    graph: fx.Graph,
+    function: Callable[..., Any],
+    inputs: Sequence[fx.Node],
+    part: str,
+    before: fx.Node | None = None,
 ) -> list[fx.Node]:
     """Trace a function of tensors on the values of some nodes, and put what it does at the end.
 
@@ -95,6 +102,7 @@ def append(
         function: Takes one tensor per input and returns a list of tensors.
         inputs: Nodes of the graph.
         part: What the new nodes belong to: "check", "clip", "update", "scale".
+        before: Put it before this node instead.
 
     Returns:
         The node of each result.
@@ -104,15 +112,19 @@ def append(
         warnings.simplefilter("ignore")
         traced: Any = torch.func.functionalize(lambda *v: function(*v), remove="mutations")
         gm = make_fx(traced, _allow_non_fake_inputs=True)(*map(fresh, values))
-    return inline(graph, gm, inputs, part)
+    return inline(graph, gm, inputs, part, before)
 
 
 def inline(
-    graph: fx.Graph, other: fx.GraphModule, inputs: Sequence[fx.Node], part: str
+    graph: fx.Graph,
+    other: fx.GraphModule,
+    inputs: Sequence[fx.Node],
+    part: str,
+    before: fx.Node | None = None,
 ) -> list[Any]:
     """Copy another graph to the end of this one, on these inputs; what it returns."""
     copies = dict(zip(other.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    with graph.inserting_before(graph.output_node()):
+    with graph.inserting_before(before or graph.output_node()):
         returned = graph.graph_copy(other.graph, copies)
     owner: Any = graph.owning_module
     for node in other.graph.nodes:

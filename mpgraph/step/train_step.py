@@ -62,6 +62,9 @@ class TrainStep:
             ``torch.compile``. False runs it node by node.
         scale: In fp16, a :class:`mpgraph.LossScale` or the first scale.
         check_finite: Skip steps with non-finite gradients in other precisions than fp16 as well.
+        chunk_loss_head: Compute the last linear layer and its cross-entropy for so many rows
+            (tokens) at a time, with their gradients: scores over a large vocabulary are never
+            held for all rows. Equal up to the order in which float32 numbers are added.
 
     Attributes:
         model: The converted model, for evaluation, saving and printing.
@@ -97,8 +100,11 @@ class TrainStep:
         compile: bool | str = True,
         scale: LossScale | float | None = None,
         check_finite: bool = False,
+        chunk_loss_head: int | None = None,
     ) -> None:
-        _check_arguments(model, optimizer, loss_fn, accumulation_steps, max_grad_norm)
+        _check_arguments(
+            model, optimizer, loss_fn, accumulation_steps, max_grad_norm, chunk_loss_head
+        )
         self.model = _converted(model, precision, policy)
         self.optimizer = optimizer
         self.loss_fn: LossFunction = loss_fn or models_own_loss
@@ -106,6 +112,7 @@ class TrainStep:
         self._state: State = state_of(self.model)
         self._backend = Backend.of(compile)
         self._check_finite = check_finite or self._state.settings.scaled
+        self._loss_rows = chunk_loss_head
         self._guard(max_grad_norm, scale)
         self._max_grad_norm = max_grad_norm
         self._names = _parameter_names(self.model, optimizer)
@@ -331,6 +338,7 @@ class TrainStep:
             is_last=is_last,
             scales=moving_scales(gradients.states),
             equal=self._counters[1] if self._counters is not None else (),
+            loss_rows=self._loss_rows,
         )
 
     def _sum_slots(self, gradients: Gradients) -> dict[str, StepSlot]:
@@ -382,7 +390,12 @@ class TrainStep:
 
 
 def _check_arguments(
-    model: Any, optimizer: Any, loss_fn: Any, accumulation_steps: Any, max_grad_norm: Any
+    model: Any,
+    optimizer: Any,
+    loss_fn: Any,
+    accumulation_steps: Any,
+    max_grad_norm: Any,
+    chunk_loss_head: Any,
 ) -> None:
     if not isinstance(optimizer, Optimizer):
         raise PrecisionError(
@@ -409,6 +422,15 @@ def _check_arguments(
     if not isinstance(accumulation_steps, int) or accumulation_steps < 1:
         raise PrecisionError(
             f"accumulation_steps must be an integer from 1, found {accumulation_steps!r}"
+        )
+    if chunk_loss_head is not None and (
+        isinstance(chunk_loss_head, bool)
+        or not isinstance(chunk_loss_head, int)
+        or chunk_loss_head < 1
+    ):
+        raise PrecisionError(
+            f"chunk_loss_head must be a number of rows from 1, such as 1024, "
+            f"found {chunk_loss_head!r}"
         )
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise PrecisionError(f"max_grad_norm must be positive, found {max_grad_norm}")
