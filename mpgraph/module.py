@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import threading
 import types
 import weakref
@@ -120,6 +121,13 @@ class MixedPrecision:
         cast(Any, super()).__setstate__(state)
         state_of(self).belongs_to(cast(nn.Module, self))
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """What moves a module, by itself or as a part of another: the loss scale goes along."""
+        result = cast(Any, super())._apply(*args, **kwargs)
+        if isinstance(state := vars(self).get(STATE), State):
+            state.settle(cast(nn.Module, self))
+        return result
+
 
 def _rebuild(original: type[nn.Module]) -> Any:
     cls = converted_class(original)
@@ -191,8 +199,23 @@ class State:
 
         self.model: Callable[[], nn.Module | None] = weakref.ref(model)
         self.region = region.run_region
+        self.settle(model)
         self.rewriter = region.rewriter_of(self)
         self.body = region.body_of(self.original_forward(), self.settings)
+
+    def settle(self, model: nn.Module) -> None:
+        """Be on the device where the model is now, the loss scale too, before anything is traced.
+
+        Compiled code that had met a scale on the CPU would wait for the GPU at every step.
+        """
+        tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+        if tensor is None or tensor.is_meta:
+            return
+        self.scale.move(tensor.device)
+        if tensor.device.type != self.settings.device:
+            self.settings = dataclasses.replace(self.settings, device=tensor.device.type)
+            self._reset()
+            self.belongs_to(model)
 
     def again(self, settings: Settings) -> State:
         """The state of the same module, converted anew: the loss scale is where it was."""
@@ -340,8 +363,6 @@ class State:
         from mpgraph.capture.saved import hidden_from_saved_tensors_hooks
 
         self._refuse_growth()
-        if (parameter := next(model.parameters(), None)) is not None:
-            self.scale.move(parameter.device)
         with hidden_from_saved_tensors_hooks():
             return capture_call(self, model, leaves, spec, entries)
 

@@ -22,7 +22,12 @@ from mpgraph.step.assemble import assemble, flat_outputs, moving_scales
 from mpgraph.step.compiled import Backend
 from mpgraph.step.joint import StepContext, gradients_of
 from mpgraph.step.loss import LossFunction, models_own_loss
-from mpgraph.step.optimizer_places import counters_of, counters_to_device, equal_counters
+from mpgraph.step.optimizer_places import (
+    counters_of,
+    counters_to_device,
+    equal_counters,
+    split_counters,
+)
 from mpgraph.step.program import Launch, Program, with_fused_update
 from mpgraph.step.report import StepReport
 from mpgraph.step.slots import StepSlot, step_slots
@@ -151,8 +156,7 @@ class TrainStep:
         outputs = self._first_step(gradients, leaves) if program is None else program(leaves)
         self._batches = 0 if is_last else self._batches + 1
         if is_last:
-            self._updated = frozenset(gradients_of(gradients.graph_module.graph))
-            self._note_step(outputs)
+            self._note_step(frozenset(gradients_of(gradients.graph_module.graph)), outputs)
         return self._result(gradients, outputs["results"])
 
     def explain(self) -> StepReport:
@@ -203,7 +207,10 @@ class TrainStep:
         device = self._state.settings.device
         self._sums = {name: value.to(device, copy=True) for name, value in state["sums"].items()}
 
-    def _note_step(self, outputs: dict[str, Any]) -> None:
+    def _note_step(self, updated: frozenset[str], outputs: dict[str, Any]) -> None:
+        """After an update of these parameters."""
+        self._updated = updated
+        self._note_counters()
         optimizer: Any = self.optimizer
         optimizer._opt_called = True  # or schedulers warn that nothing has stepped yet
         if "found_inf" in outputs:
@@ -256,11 +263,27 @@ class TrainStep:
         """
         if not self._backend.inductor:
             return ()
-        counters = counters_of(self.optimizer)
-        token = (self.optimizer.state, keys, [c._version for c in counters], self._updated)
+        token = self._counter_token(keys)
         if self._counters is None or not _is_same(self._counters[0], token):
             self._counters = token, equal_counters(self.optimizer, self._names)
         return self._counters[1]
+
+    def _counter_token(self, keys: Any) -> tuple[Any, ...]:
+        versions = [counter._version for counter in counters_of(self.optimizer)]
+        return self.optimizer.state, keys, versions, self._updated
+
+    def _note_counters(self) -> None:
+        """Equal counters that this step has changed alike are still equal: nobody need ask."""
+        if self._counters is None:
+            return
+        token, groups = self._counters
+        parts = [
+            part
+            for group in groups
+            for part in split_counters(group, self._updated)
+            if len(part) > 1
+        ]
+        self._counters = self._counter_token(token[1]), tuple(parts)
 
     def _holds(self, key: Any) -> bool:
         update = self._updates.get(key)
