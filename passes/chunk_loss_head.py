@@ -65,7 +65,7 @@ def _rewrite(graph: fx.Graph, head: LossHead, rows: int) -> None:
     for node in head.feature_gradients:
         _put(graph, node, of_features, seed)
     for node in head.weight_gradients:
-        _put(graph, node, of_weight, seed, turned=head.is_turned(node))
+        _put(graph, node, of_weight, seed, turned=head.is_turned(node) != _is_turned(head))
     for node in head.bias_gradients:
         _put(graph, node, of_bias, seed)
 
@@ -74,12 +74,14 @@ def _put(
     graph: fx.Graph, old: fx.Node, new: fx.Node, seed: fx.Node | None, turned: bool = False
 ) -> None:
     """Put a gradient, times the upstream gradient, in the place of another."""
+    like = old.meta["val"]
 
     def times(value: torch.Tensor, *one: torch.Tensor) -> list[torch.Tensor]:
         value = value.t() if turned else value
         for factor in one:
             value = value * factor
-        return [value.view(old.meta["val"].shape) if value.dim() == 1 else value]
+        value = value.view(like.shape) if value.dim() == 1 else value
+        return [value if value.stride() == like.stride() else _laid_out(value, like)]
 
     inputs = [new] if seed is None else [new, seed]
     (made,) = append(graph, times, inputs, "backward", before=old)
@@ -87,10 +89,17 @@ def _put(
     old.replace_all_uses_with(made)
 
 
+def _laid_out(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The value in the memory layout of another: fused optimizers want their parameters'."""
+    place = torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device)
+    return place.copy_(value)
+
+
 def _chunked(
     head: LossHead, rows: int, factors: Sequence[fx.Node]
 ) -> Callable[..., list[torch.Tensor]]:
     """A function of tensors: loss, number of rows that count, and the three gradients."""
+    turned = _is_turned(head)
 
     def compute(x: Any, weight: Any, target: Any, upstream: Any, *rest: Any) -> list[torch.Tensor]:
         values = dict(zip(factors, rest, strict=False))
@@ -110,7 +119,7 @@ def _chunked(
             d = _changed(d, head.after, values)
             losses.append(loss)
             of_features.append(d @ weight.t())
-            of_weight.add(_product(part.t(), d))
+            of_weight.add(_product(d.t(), part) if turned else _product(part.t(), d))
             of_bias.add(d.sum(0))
         summed = torch.stack(losses).sum()
         value = summed / total if head.is_mean else summed
@@ -118,6 +127,11 @@ def _chunked(
         return [value, total, joined, of_weight.to(joined.dtype), of_bias.to(joined.dtype)]
 
     return compute
+
+
+def _is_turned(head: LossHead) -> bool:
+    """Whether the gradient of the weight is computed as (classes, width), as it was."""
+    return any(map(head.is_turned, head.weight_gradients))
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

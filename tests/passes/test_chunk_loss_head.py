@@ -14,6 +14,8 @@ from torch.profiler import profile
 
 import mpgraph
 from mpgraph import CaptureError, PrecisionError
+from mpgraph.step.assemble import assemble
+from mpgraph.step.joint import gradients_of
 
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], Any]
 
@@ -170,3 +172,20 @@ def test_what_cannot_be_done_in_chunks_is_refused(loss: Loss, reason: str) -> No
 def test_the_number_of_rows_is_a_number_of_rows(rows: Any) -> None:
     with pytest.raises(PrecisionError, match="chunk_loss_head must be a number of rows"):
         gradients(Model(), mean, "bf16", rows)
+
+
+def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
+    """Fused optimizers on a GPU read them side by side."""
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = mpgraph.TrainStep(
+        model, optimizer, mean, precision="bf16", compile=False, chunk_loss_head=9
+    )
+    step(*batch_of_test)
+    graph = next(iter(step._gradients.values())).graph_module
+    context = step._context(next(iter(step._gradients.values())), True)
+    gm, _ = assemble(graph, None, context, checked=False)
+    found = gradients_of(gm.graph)
+    layouts = {name: p.stride() for name, p in model.named_parameters()}
+    assert {name: node.meta["val"].stride() for name, node in found.items()} == layouts
+    assert not [n for n in gm.graph.nodes if "copy_" in str(n.target) and n.name.startswith("copy")]
