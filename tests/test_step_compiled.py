@@ -64,7 +64,7 @@ def test_counters_are_looked_at_once_and_not_at_every_step(monkeypatch):
 
     monkeypatch.setattr(train_step, "equal_counters", look)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.RAdam(model.parameters())
     step = mpgraph.TrainStep(model, optimizer, lambda model, x: model(x).mean(), precision="fp32")
     for _ in range(3):
         step(torch.ones(2, 4))

@@ -21,6 +21,7 @@ from mpgraph.infer import fake_mode_of
 from mpgraph.passes.remove_dead import remove_dead
 from mpgraph.passes.share_counters import share_counters
 from mpgraph.passes.tensor_numbers import tensor_numbers
+from mpgraph.passes.widen_sums import widen_sums
 from mpgraph.pipeline import GraphPass, run_passes
 from mpgraph.step.joint import StepContext
 from mpgraph.step.partition import SEED, Half, Source, cut
@@ -32,6 +33,7 @@ Run = Callable[..., Sequence[Any]]
 COMPILED_PASSES: tuple[GraphPass, ...] = (
     tensor_numbers,
     share_counters,  # after tensor_numbers, which makes counters of what was .item()
+    widen_sums,
     remove_dead,
 )
 

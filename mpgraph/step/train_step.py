@@ -32,7 +32,13 @@ from mpgraph.step.program import Launch, Program, with_fused_update
 from mpgraph.step.report import StepReport
 from mpgraph.step.slots import StepSlot, step_slots
 from mpgraph.step.trace_gradients import Gradients, trace_gradients
-from mpgraph.step.trace_update import NewState, Update, trace_fused_update, trace_update
+from mpgraph.step.trace_update import (
+    NewState,
+    Update,
+    has_fused_kernel,
+    trace_fused_update,
+    trace_update,
+)
 from mpgraph.structure import Spec, count_leaves, flatten, unflatten
 
 
@@ -129,6 +135,7 @@ class TrainStep:
         self._launches: dict[Any, tuple[Any, list[PassReport], Launch]] = {}
         self._counters: tuple[Any, tuple[frozenset[str], ...]] | None = None
         self._updated: frozenset[str] = frozenset()  # by the last step
+        self._is_fused = self._backend.fused and has_fused_kernel(optimizer)
         self.last_step_skipped: Any = False
 
     def _guard(self, max_grad_norm: float | None, scale: LossScale | float | None) -> None:
@@ -261,7 +268,7 @@ class TrainStep:
         Asked of their values, which the host waits for, where they may have come apart: another
         state was loaded, another step wrote to them, or one that updates other parameters.
         """
-        if not self._backend.inductor:
+        if not self._backend.inductor or self._is_fused:
             return ()
         token = self._counter_token(keys)
         if self._counters is None or not _is_same(self._counters[0], token):
@@ -313,6 +320,7 @@ class TrainStep:
                     self.optimizer, self._names, values, gradients.mode,
                     context=self._context(gradients, True), lr=self._learning_rate(),
                 )  # fmt: skip
+                self._is_fused = update is not None
             if update is None:
                 update = trace_update(self.optimizer, self._names, values, gradients.mode)
         except NewState:
