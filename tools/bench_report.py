@@ -68,6 +68,6 @@ def plot(rows: list[dict[str, Any]], peer: str, path: Path) -> None:
     axes.axhline(1, color="black", lw=0.8)
     axes.set_xticks(range(len(rows)), [f"{row['model']}\n{row['precision']}" for row in rows])
     axes.set_ylabel(f"time of a step ÷ {peer}")
-    axes.legend(fontsize="small", ncols=2)
+    figure.legend(loc="outside upper center", fontsize="small", ncols=len(ways))
     figure.savefig(path, dpi=120)
     plt.close(figure)
