@@ -125,6 +125,11 @@ def held_in(values: Iterable[object]) -> list[Held]:
     return _held_in((("", value) for value in values), _DEPTH_OF_ARGUMENTS)
 
 
+def held_in_places(places: Iterable[tuple[str, object]]) -> list[Held]:
+    """What stands in places with a name, and what is inside it."""
+    return _held_in(places, _DEPTH_OF_MODULES)
+
+
 def held_by_global_hooks() -> list[Held]:
     """What the objects hold whose methods are hooks on every module, as a FLOP counter's."""
     owners = [getattr(hook, "__self__", None) for hook in global_hooks()]
