@@ -89,6 +89,25 @@ def test_gradients_of_a_prompt_meet_where_autocast_lets_them(
         assert_equal_to_autocast(model, converted, make, precision)
 
 
+def test_a_call_that_dynamo_must_not_trace_runs_in_python() -> None:
+    class Marks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            cache = torch.zeros(4, 8)
+            if not torch.compiler.is_compiling():  # as transformers' caches do
+                torch._dynamo.mark_static_address(cache)
+            return self.linear(cache.add_(self.linear(x)))
+
+    model, x = Marks(), torch.randn(4, 8)
+    converted = mpgraph.convert(model, "bf16", policy="autocast-cpu", capture="dynamo")
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model(x)
+    assert torch.equal(converted(x), want)
+
+
 def test_the_copy_of_an_input_does_not_outlive_the_call() -> None:
     model = mpgraph.convert(Prompted(breaks=True), "bf16", capture="dynamo")
     prompt = torch.randn(8, 8, requires_grad=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo import config as dynamo_config
-from torch._dynamo import convert_frame, exc
+from torch._dynamo import convert_frame, exc, symbolic_convert
 from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.variables import (
@@ -65,6 +65,7 @@ def configured(device: str, limit: int, count: int) -> Iterator[None]:
         _breaks_at_torchscript(),
         _breaks_at_absent_gradients(),
         _guards_leaves(),
+        _breaks_at_forbidden_calls(),
         _compiled_unseen(),
         _says_eager(),
         _quiet(),
@@ -228,6 +229,28 @@ def _breaks_at_absent_gradients() -> Iterator[None]:
         return original(self, tx, name, args, kwargs)
 
     with replaced(owner, "call_method", call_method):
+        yield
+
+
+@contextlib.contextmanager
+def _breaks_at_forbidden_calls() -> Iterator[None]:
+    """Leave to Python what Dynamo must not trace, such as ``mark_static_address``.
+
+    A model calls it only where it is told that it runs eagerly; Dynamo would give up on the model.
+    """
+    original = symbolic_convert.is_forbidden
+
+    def is_forbidden(function: Any) -> bool:
+        if original(function):
+            exc.unimplemented(
+                gb_type="a call that Dynamo must not trace",
+                context=getattr(function, "__name__", str(function)),
+                explanation="it is for Python alone",
+                hints=[],
+            )
+        return False
+
+    with replaced(symbolic_convert, "is_forbidden", is_forbidden):
         yield
 
 
