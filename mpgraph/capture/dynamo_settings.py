@@ -238,7 +238,8 @@ def _breaks_at_forbidden_calls() -> Iterator[None]:
 
     A model calls it only where it is told that it runs eagerly; Dynamo would give up on the model.
     """
-    original = symbolic_convert.is_forbidden
+    owner: Any = symbolic_convert
+    original = owner.is_forbidden
 
     def is_forbidden(function: Any) -> bool:
         if original(function):
@@ -250,7 +251,7 @@ def _breaks_at_forbidden_calls() -> Iterator[None]:
             )
         return False
 
-    with replaced(symbolic_convert, "is_forbidden", is_forbidden):
+    with replaced(owner, "is_forbidden", is_forbidden):
         yield
 
 

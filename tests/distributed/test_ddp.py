@@ -52,7 +52,7 @@ def test_every_rank_blames_the_same_place_and_changes_nothing(tmp_path):
     # Where rank 1 alone overflows, rank 0 has nothing to blame, and does not wait for it.
     assert first[0] == [everywhere, None, None]
     assert first[1] == second[1] == [True, True, True]
-    assert first[4] and second[4]  # the last step was skipped on both
+    assert [first[4], second[4]] == [True, True]  # the last step was skipped
     assert "of first left the range of fp16" in " ".join(second[2])
     assert "an earlier one, or another rank, is not" in " ".join(first[2])
     for one, other in zip(first[3], second[3], strict=True):
