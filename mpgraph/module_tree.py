@@ -102,9 +102,9 @@ class ModuleTree:
                 found.append((position, index, name))
         return tuple(found)
 
-    def parameters(self) -> tuple[int, ...]:
+    def parameters(self) -> list[int]:
         """The identities of the parameters that are in their places now."""
-        return tuple([id(table.get(name)) for table, name, _ in self._parameters])
+        return [id(table.get(name)) for table, name, _ in self._parameters]
 
     def training(self) -> tuple[bool, ...]:
         """The training flag of every module."""

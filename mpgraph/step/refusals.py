@@ -20,7 +20,9 @@ _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
 )
 
 
-def refuse_hooks(optimizer: Optimizer, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+def refuse_hooks(
+    optimizer: Optimizer, parameters: Iterable[nn.Parameter], names: dict[int, str]
+) -> None:
     """Refuse hooks on steps of the optimizer, and on gradients that have been added up.
 
     Raises:
@@ -38,13 +40,12 @@ def refuse_hooks(optimizer: Optimizer, parameters: Iterable[tuple[str, nn.Parame
                 "captured step would not call. Remove it (its handle has .remove()) and do its "
                 "work around the call of the step."
             )
-    for name, parameter in parameters:
-        if getattr(parameter, "_post_accumulate_grad_hooks", None):
-            raise CaptureError(
-                f"parameter {name} has a post-accumulate-grad hook; TrainStep computes "
-                "gradients without accumulating them. Remove it, or train with mpgraph.convert "
-                "and mpgraph.guard."
-            )
+    for parameter in [p for p in parameters if p.requires_grad and p._post_accumulate_grad_hooks]:
+        raise CaptureError(
+            f"parameter {names[id(parameter)]} has a post-accumulate-grad hook; TrainStep computes "
+            "gradients without accumulating them. Remove it, or train with mpgraph.convert "
+            "and mpgraph.guard."
+        )
 
 
 def _is_own(hook: Any) -> bool:

@@ -143,6 +143,8 @@ class TrainStep:
         """Have nothing captured."""
         self._reads = LossReads(self.loss_fn)
         self._held: Any = None
+        self._versions: dict[Any, int] = {}
+        self._version = -1
         self._gradients: dict[Any, Gradients] = {}
         self._updates: dict[Any, Update | None] = {}
         self._programs: dict[Any, Program] = {}
@@ -191,7 +193,7 @@ class TrainStep:
     def _call(self, leaves: list[Any], spec: Spec) -> Any:
         is_last = self._batches + 1 == self.accumulation_steps
         batch = self._key(leaves, spec)
-        refuse_hooks(self.optimizer, _trained(self.optimizer, self._names))
+        refuse_hooks(self.optimizer, _parameters(self.optimizer), self._names)
         refuse_lost_gradients(leaves, self._names, self._state.say)
         program = self._program(batch, leaves, is_last)
         gradients = self._gradients[batch]
@@ -286,13 +288,23 @@ class TrainStep:
         tree = self._state.tree(self.model)
         if not self._state.settings.precision.pure:
             tree.check_dtypes()
-        held = tree.parameters(), tuple(map(_kind, _parameters(self.optimizer)))
-        if held != self._held:
-            self._held, self._names = held, _parameter_names(self.model, self.optimizer)
+        held = self._held_now(tree.parameters())
         hooks = tuple([id(hook) for table in _hook_tables(self.model) for hook in table.values()])
         kinds = [(t.dtype, t.shape, t.stride(), t.device, t.requires_grad) for t in leaves]
         modes = tree.training(), tree.version()
         return spec, tuple(kinds), *modes, held, hooks, self._reads.state()
+
+    def _held_now(self, in_model: list[int]) -> int:
+        """A number that stands for the parameters of model and optimizer as they are now."""
+        parameters = [*_parameters(self.optimizer)]
+        hooks = [(i, *h) for i, p in enumerate(parameters) if (h := p._backward_hooks)]
+        kinds = [p.dtype for p in parameters], [p.requires_grad for p in parameters]
+        now = in_model, [*map(id, parameters)], *kinds, hooks
+        if now != self._held:
+            self._held, self._names = now, _parameter_names(self.model, self.optimizer)
+            state = tuple(map(tuple, now))
+            self._version = self._versions.setdefault(state, len(self._versions))
+        return self._version
 
     def _layout(self) -> Any:
         """The optimizer's parameters, state and settings, as far as a graph depends on them."""
@@ -456,8 +468,8 @@ class TrainStep:
 # What _forget makes.
 _CAPTURED = frozenset(
     {
-        "_reads", "_held", "_names", "_gradients", "_updates", "_programs", "_launches",
-        "_counters", "_updated",
+        "_reads", "_held", "_version", "_versions", "_names", "_gradients", "_updates",
+        "_programs", "_launches", "_counters", "_updated",
     }
 )  # fmt: skip
 _ROOT_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -466,12 +478,6 @@ _ROOT_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_back
 def _hook_tables(model: nn.Module) -> list[dict[int, Any]]:
     """The model's own hooks: those of its parts belong to the version of its tree."""
     return [vars(model)[name] for name in _ROOT_HOOKS]
-
-
-def _kind(parameter: nn.Parameter) -> tuple[Any, ...]:
-    """What a graph depends on, of one of the optimizer's parameters."""
-    hooks = tuple(map(id, (parameter._backward_hooks or {}).values()))
-    return id(parameter), parameter.dtype, parameter.shape, parameter.requires_grad, hooks
 
 
 def _setting(value: Any) -> Any:
