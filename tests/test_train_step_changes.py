@@ -341,6 +341,15 @@ def by_part() -> tuple[Callable[..., Any], Callable[[], None]]:
     return made, lambda: setattr(made.entropy, "label_smoothing", 0.5)
 
 
+def by_converted_teacher() -> tuple[Callable[..., Any], Callable[[], None]]:
+    teacher: Any = mpgraph.convert(Net(), "bf16", policy="autocast-cpu")
+
+    def loss(model: nn.Module, x: Any, y: Any) -> Any:
+        return F.mse_loss(model(x).float(), teacher(x).float().detach())
+
+    return loss, lambda: teacher.train(False) and None
+
+
 def by_teacher() -> tuple[Callable[..., Any], Callable[[], None]]:
     teacher = Net()  # with the names of the model's own parameters
 
@@ -354,7 +363,7 @@ def by_teacher() -> tuple[Callable[..., Any], Callable[[], None]]:
     "make",
     [
         by_global, by_closure, by_dict, by_default, by_tensor, by_object, by_method, by_partial,
-        by_mode, by_part, by_teacher,
+        by_mode, by_part, by_teacher, by_converted_teacher,
     ],
 )  # fmt: skip
 def test_what_a_loss_function_reads_may_change(make: Any) -> None:

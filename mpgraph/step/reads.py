@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from mpgraph.code_state import names_in
-from mpgraph.module import MixedPrecision
+from mpgraph.module import MixedPrecision, state_of
 from mpgraph.places import is_foreign, is_users
-from mpgraph.plain import MODULE_STATE, PLAIN
+from mpgraph.plain import MODULE_STATE, PLAIN, STATE
 
 # How far into containers and objects one looks.
 _DEPTH = 4
@@ -29,7 +29,8 @@ _DEPTH = 4
 class LossReads:
     """The places that a loss function names, in all the functions of the user's that it calls."""
 
-    def __init__(self, loss_fn: Callable[..., Any]) -> None:
+    def __init__(self, loss_fn: Callable[..., Any], model: nn.Module) -> None:
+        self._model = model  # the step's own, which it looks after by itself
         self._functions: dict[types.FunctionType, None] = {}
         self._owners: list[Any] = []
         self._constants: list[Any] = []
@@ -128,8 +129,11 @@ class LossReads:
         return tuple([(name, self._state_of(table[name], depth + 1)) for name in sorted(named)])
 
     def _state_of_module(self, module: nn.Module) -> Any:
-        if isinstance(module, MixedPrecision):
-            return id(module)  # itself notices when it changes
+        if module is self._model:
+            return id(module)
+        if isinstance(module, MixedPrecision) and STATE in vars(module):
+            tree = state_of(module).tree(module)
+            return id(module), tree.training(), tree.version()
         found = []
         for part in module.modules():
             plain = [(k, v) for k, v in vars(part).items() if k not in MODULE_STATE]

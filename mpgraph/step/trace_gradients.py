@@ -73,7 +73,7 @@ def trace_gradients(
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     trace = _Trace(model, loss_fn, parameters, spec, divisor)
-    reads = LossReads(loss_fn)
+    reads = LossReads(loss_fn, model)
     with _refusing(reads), writes_taken_back(), mode, torch.enable_grad(), _unheard():
         fakes = [mode.from_tensor(leaf, static_shapes=True) for leaf in leaves]
         gm = _traced(trace, fakes)

@@ -141,7 +141,7 @@ class TrainStep:
 
     def _forget(self) -> None:
         """Have nothing captured."""
-        self._reads = LossReads(self.loss_fn)
+        self._reads = LossReads(self.loss_fn, self.model)
         self._held: Any = None
         self._versions: dict[Any, int] = {}
         self._version = -1
