@@ -299,11 +299,11 @@ class TrainStep:
         parameters = [*_parameters(self.optimizer)]
         hooks = [(i, *h) for i, p in enumerate(parameters) if (h := p._backward_hooks)]
         kinds = [p.dtype for p in parameters], [p.requires_grad for p in parameters]
-        now = in_model, [*map(id, parameters)], *kinds, hooks
+        now: tuple[list[Any], ...] = (in_model, [*map(id, parameters)], *kinds, hooks)
         if now != self._held:
             self._held, self._names = now, _parameter_names(self.model, self.optimizer)
-            state = tuple(map(tuple, now))
-            self._version = self._versions.setdefault(state, len(self._versions))
+            key = tuple([tuple(part) for part in now])
+            self._version = self._versions.setdefault(key, len(self._versions))
         return self._version
 
     def _layout(self) -> Any:
