@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import mpgraph
 from mpgraph import CaptureError, PrecisionError
 from mpgraph.module import state_of
+from mpgraph.step.reads import LossReads
 
 np = pytest.importorskip("numpy")
 
@@ -384,6 +385,14 @@ def test_what_a_loss_function_does_not_read_may_change_without_a_capture() -> No
         made.calls += 1
         twins.take(1)
     assert len(twins.step._gradients) == captured
+
+
+def test_functions_of_libraries_are_not_looked_into() -> None:
+    def loss(model: nn.Module, x: Any, y: Any) -> Any:
+        return loss_fn(model, torch.from_numpy(np.stack(list(map(copy.deepcopy, x)))), y)
+
+    reads = LossReads(loss, nn.Linear(1, 1))
+    assert {function.__name__ for function in reads._functions} == {"loss", "loss_fn"}
 
 
 # What a loss function must not do

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sysconfig
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -78,7 +79,7 @@ class LossReads:
             function = _function_of(value)
         if not isinstance(function, types.FunctionType) or function in self._functions:
             return
-        if not is_foreign(function.__code__.co_filename):
+        if not (_is_library(function) if self._functions else is_foreign(_file(function))):
             self._functions[function] = None
             named = [*names_in(function.__code__)]
             self.names.update(named)
@@ -123,7 +124,7 @@ class LossReads:
     def _state_of_names(self, value: Any, depth: int) -> Any:
         """Of the attributes, those that the functions name."""
         table = getattr(value, "__dict__", None)
-        if table is None or depth == _DEPTH or _is_library(value):
+        if table is None or depth == _DEPTH or _is_library_module(value):
             return None
         named = [name for name in self.names if name in table]
         return tuple([(name, self._state_of(table[name], depth + 1)) for name in sorted(named)])
@@ -165,7 +166,7 @@ def _function_of(value: Any) -> types.FunctionType | None:
     for name in ("forward", "__call__"):
         function = getattr(type(value), name, None)
         if isinstance(function, types.FunctionType):
-            return None if is_foreign(function.__code__.co_filename) else function
+            return None if is_foreign(_file(function)) else function
     return None
 
 
@@ -174,8 +175,20 @@ def _attributes(owner: Any) -> list[Any]:
     return [*table.values()] if isinstance(table, dict) else []
 
 
-def _is_library(value: Any) -> bool:
-    """Whether it is a module or class of torch or of Python's own."""
+def _file(function: types.FunctionType) -> str:
+    return function.__code__.co_filename
+
+
+def _is_library(function: types.FunctionType) -> bool:
+    """Whether it is none of the user's own: what libraries name goes too far to look after."""
+    return is_foreign(_file(function)) or _file(function).startswith(_LIBRARIES)
+
+
+def _is_library_module(value: Any) -> bool:
     if not isinstance(value, types.ModuleType):
         return False
-    return not is_users(getattr(value, "__file__", None) or "<builtin>")
+    file = getattr(value, "__file__", None) or "<builtin>"
+    return not is_users(file) or file.startswith(_LIBRARIES)
+
+
+_LIBRARIES = tuple(f"{sysconfig.get_path(name)}/" for name in ("stdlib", "purelib", "platlib"))
