@@ -531,6 +531,63 @@ def test_sparse_gradients_are_refused() -> None:
         twins.step(torch.arange(5), batch(0)[1])
 
 
+# Windows of several batches
+
+
+class Branched(Net):
+    """Has a layer that runs only where it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor, use: bool = False) -> torch.Tensor:
+        """Scores."""
+        return super().forward(self.spare(x) if use else x)
+
+
+def branched(model: nn.Module, x: torch.Tensor, y: torch.Tensor, use: bool) -> torch.Tensor:
+    return F.cross_entropy(model(x, use).float(), y)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_parameter_that_only_some_batches_of_a_window_use(precision: str) -> None:
+    torch.manual_seed(0)
+    first = Branched()
+    second = copy.deepcopy(first)
+    optimizers: Any = adamw(first.parameters()), adamw(second.parameters())
+    step = mpgraph.TrainStep(
+        first, optimizers[0], branched, precision=precision, policy="autocast-cpu", compile=False,
+        accumulation_steps=2,
+    )  # fmt: skip
+    loop = mpgraph.convert(second, precision, policy="autocast-cpu")
+    if precision == "fp16":
+        mpgraph.guard(optimizers[1], loop)
+    uses = [False, False, True, False, False, True, True, True, False, False]
+    for index, use in enumerate(uses):
+        torch.manual_seed(index)
+        step(*batch(index), use)
+        torch.manual_seed(index)
+        (branched(loop, *batch(index), use) / 2).backward()
+        if index % 2:
+            optimizers[1].step()
+            loop.zero_grad()
+        for p, q in zip(first.parameters(), second.parameters(), strict=True):
+            assert_same(p, q)
+
+
+def test_a_parameter_that_is_frozen_within_a_window_is_refused() -> None:
+    model = Net()
+    step = mpgraph.TrainStep(
+        model, adamw(model.parameters()), loss_fn, precision="bf16", compile=False,
+        accumulation_steps=2,
+    )  # fmt: skip
+    step(*batch(0))
+    step.model.first.weight.requires_grad_(False)  # type: ignore[union-attr]
+    with pytest.raises(CaptureError, match=r"gradients of first\.weight have been added up"):
+        step(*batch(1))
+
+
 # What is around the call
 
 

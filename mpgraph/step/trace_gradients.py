@@ -57,6 +57,7 @@ def trace_gradients(
     leaves: Tensors,
     spec: Spec,
     divisor: int = 1,
+    zeros: frozenset[str] = frozenset(),
 ) -> Gradients:
     """Trace ``loss_fn(model, *args, **kwargs)`` and its gradients.
 
@@ -67,12 +68,13 @@ def trace_gradients(
         leaves: The tensors of one batch.
         spec: How they become ``(args, kwargs)``.
         divisor: What the loss is divided by before it is differentiated.
+        zeros: Parameters whose gradient is zero where there is none: an earlier batch had one.
 
     Raises:
         CaptureError: The loss cannot be traced; says why, where, and what to do.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
-    trace = _Trace(model, loss_fn, parameters, spec, divisor)
+    trace = _Trace(model, loss_fn, parameters, spec, divisor, zeros)
     reads = LossReads(loss_fn, model)
     with _refusing(reads), writes_taken_back(), mode, torch.enable_grad(), _unheard():
         fakes = [mode.from_tensor(leaf, static_shapes=True) for leaf in leaves]
@@ -95,9 +97,10 @@ class _Trace:
         parameters: Mapping[str, torch.Tensor],
         spec: Spec,
         divisor: int,
+        zeros: frozenset[str],
     ) -> None:
         self.model, self.loss_fn, self.spec, self.divisor = model, loss_fn, spec, divisor
-        self.parameters = parameters
+        self.parameters, self.zeros = parameters, zeros
         self.inside: Inside | None = None
         self.result: Spec | None = None
         self.count = 0
@@ -117,8 +120,11 @@ class _Trace:
         mark(inside.graph, "forward")
         inside.watch_backward()
         gradients = torch.autograd.grad(loss, [*self.parameters.values()], allow_unused=True)
-        pairs = zip(gradients, self.parameters.values(), strict=True)
-        laid_out = [_laid_out(gradient, parameter) for gradient, parameter in pairs]
+        laid_out = [
+            _zeros(parameter) if gradient is None and name in self.zeros
+            else _laid_out(gradient, parameter)
+            for gradient, (name, parameter) in zip(gradients, self.parameters.items(), strict=True)
+        ]  # fmt: skip
         inside.note({})
         mark(inside.graph, "backward")
         self.named = [n for n, g in zip(self.parameters, laid_out, strict=True) if g is not None]
@@ -150,6 +156,12 @@ def _laid_out(gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.T
     return torch.empty_strided(
         parameter.shape, parameter.stride(), dtype=gradient.dtype, device=gradient.device
     ).copy_(gradient)
+
+
+def _zeros(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(
+        parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device
+    ).zero_()
 
 
 def _traced(trace: _Trace, fakes: Sequence[Any]) -> fx.GraphModule:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mpgraph.conversion import convert
-from mpgraph.errors import MPGraphError, PrecisionError
+from mpgraph.errors import CaptureError, MPGraphError, PrecisionError
 from mpgraph.guarding import guard, guard_of
 from mpgraph.loss_scale import LossScale
 from mpgraph.module import MixedPrecision, State, make_assignment, state_of
@@ -136,6 +136,7 @@ class TrainStep:
         self._names = _parameter_names(self.model, optimizer)
         self._batches = 0
         self._sums: dict[str, torch.Tensor] = {}
+        self._waiting: frozenset[str] = frozenset()  # parameters with a sum, in this window
         self.last_step_skipped: Any = False
         self._forget()
 
@@ -195,12 +196,16 @@ class TrainStep:
         batch = self._key(leaves, spec)
         refuse_hooks(self.optimizer, _parameters(self.optimizer), self._names)
         refuse_lost_gradients(leaves, self._names, self._state.say)
+        if is_last and self._waiting:
+            batch = self._with_all_sums(batch, leaves)
         program = self._program(batch, leaves, is_last)
         gradients = self._gradients[batch]
         outputs = self._first_step(gradients, leaves) if program is None else program(leaves)
+        found = frozenset(gradients_of(gradients.graph_module.graph))
         self._batches = 0 if is_last else self._batches + 1
+        self._waiting = frozenset() if is_last else self._waiting | found
         if is_last:
-            self._note_step(frozenset(gradients_of(gradients.graph_module.graph)), outputs)
+            self._note_step(found, outputs)
         return self._result(gradients, outputs["results"])
 
     def explain(self) -> StepReport:
@@ -231,6 +236,7 @@ class TrainStep:
             "optimizer": self.optimizer.state_dict(),
             "batches": self._batches,
             "sums": dict(self._sums),
+            "waiting": sorted(self._waiting),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -248,6 +254,7 @@ class TrainStep:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._batches = state["batches"]
+        self._waiting = frozenset(state.get("waiting", state["sums"] if self._batches else ()))
         device = self._state.settings.device
         self._sums = {name: value.to(device, copy=True) for name, value in state["sums"].items()}
 
@@ -353,7 +360,28 @@ class TrainStep:
         now = [slot.read() for slot in update.hyperparameters]  # type: ignore[misc]
         return update.holds(now)
 
-    def _traced(self, batch: Any, leaves: list[Any]) -> Gradients:
+    def _with_all_sums(self, batch: Any, leaves: list[Any]) -> Any:
+        """The kind of batch that ends a window, with those sums that it adds nothing to.
+
+        Raises:
+            CaptureError: A sum is of a parameter that is not trained any more.
+        """
+        found = gradients_of(self._traced(batch, leaves).graph_module.graph)
+        zeros = self._waiting.difference(found)
+        if lost := zeros.difference(dict(_trained(self.optimizer, self._names))):
+            raise CaptureError(
+                f"gradients of {', '.join(sorted(lost))} have been added up, and now it is frozen "
+                "or gone. Change what is trained after an update, not between the batches of one."
+            )
+        if not zeros:
+            return batch
+        batch = (*batch, zeros)
+        self._traced(batch, leaves, zeros)
+        return batch
+
+    def _traced(
+        self, batch: Any, leaves: list[Any], zeros: frozenset[str] = frozenset()
+    ) -> Gradients:
         if batch not in self._gradients:
             if len(self._gradients) == self._state.settings.max_graphs // 2:
                 self._state.say(
@@ -363,8 +391,9 @@ class TrainStep:
                 )
             parameters = dict(_trained(self.optimizer, self._names))
             self._gradients[batch] = trace_gradients(
-                self.model, self.loss_fn, parameters, leaves, batch[0], self.accumulation_steps
-            )
+                self.model, self.loss_fn, parameters, leaves, batch[0], self.accumulation_steps,
+                zeros,
+            )  # fmt: skip
         return self._gradients[batch]
 
     def _traced_update(self, key: Any, gradients: Gradients) -> Update | None:
