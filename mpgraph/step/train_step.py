@@ -29,6 +29,13 @@ from mpgraph.step.optimizer_places import (
     split_counters,
 )
 from mpgraph.step.program import Launch, Program, with_fused_update
+from mpgraph.step.reads import LossReads
+from mpgraph.step.refusals import (
+    refuse_hooks,
+    refuse_inference_mode,
+    refuse_lost_gradients,
+    refuse_sparse,
+)
 from mpgraph.step.report import StepReport
 from mpgraph.step.slots import StepSlot, step_slots
 from mpgraph.step.trace_gradients import Gradients, trace_gradients
@@ -129,14 +136,32 @@ class TrainStep:
         self._names = _parameter_names(self.model, optimizer)
         self._batches = 0
         self._sums: dict[str, torch.Tensor] = {}
+        self._waiting: frozenset[str] = frozenset()  # parameters with a sum, in this window
+        self.last_step_skipped: Any = False
+        self._forget()
+
+    def _forget(self) -> None:
+        """Have nothing captured."""
+        self._reads = LossReads(self.loss_fn, self.model)
+        self._held: Any = None
+        self._versions: dict[Any, int] = {}
+        self._version = -1
         self._gradients: dict[Any, Gradients] = {}
         self._updates: dict[Any, Update | None] = {}
         self._programs: dict[Any, Program] = {}
         self._launches: dict[Any, tuple[Any, list[PassReport], Launch]] = {}
         self._counters: tuple[Any, tuple[frozenset[str], ...]] | None = None
         self._updated: frozenset[str] = frozenset()  # by the last step
-        self._is_fused = self._backend.fused and has_fused_kernel(optimizer)
-        self.last_step_skipped: Any = False
+        self._is_fused = self._backend.fused and has_fused_kernel(self.optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Graphs are captured again after copying or loading: they read and write one model."""
+        return {name: value for name, value in vars(self).items() if name not in _CAPTURED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._names = _parameter_names(self.model, self.optimizer)
+        self._forget()
 
     def _guard(self, max_grad_norm: float | None, scale: LossScale | float | None) -> None:
         """Guard the optimizer: for first steps, for its state_dict, and for loops around it."""
@@ -156,14 +181,31 @@ class TrainStep:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take one step, or add one batch to it; what the loss function returned, detached."""
         leaves, spec = flatten((args, kwargs))
+        refuse_inference_mode()
+        if torch.is_autocast_enabled(self._state.settings.device):
+            self._state.say(
+                "a torch.autocast region around a TrainStep changes nothing in it; the model's "
+                "precision holds, and the loss runs as it is written. You can remove the region."
+            )
+            with torch.autocast(self._state.settings.device, enabled=False):
+                return self._call(leaves, spec)
+        return self._call(leaves, spec)
+
+    def _call(self, leaves: list[Any], spec: Spec) -> Any:
         is_last = self._batches + 1 == self.accumulation_steps
         batch = self._key(leaves, spec)
+        refuse_hooks(self.optimizer, _parameters(self.optimizer), self._names)
+        refuse_lost_gradients(leaves, self._names, self._state.say)
+        if is_last and self._waiting:
+            batch = self._with_all_sums(batch, leaves)
         program = self._program(batch, leaves, is_last)
         gradients = self._gradients[batch]
         outputs = self._first_step(gradients, leaves) if program is None else program(leaves)
+        found = frozenset(gradients_of(gradients.graph_module.graph))
         self._batches = 0 if is_last else self._batches + 1
+        self._waiting = frozenset() if is_last else self._waiting | found
         if is_last:
-            self._note_step(frozenset(gradients_of(gradients.graph_module.graph)), outputs)
+            self._note_step(found, outputs)
         return self._result(gradients, outputs["results"])
 
     def explain(self) -> StepReport:
@@ -194,6 +236,7 @@ class TrainStep:
             "optimizer": self.optimizer.state_dict(),
             "batches": self._batches,
             "sums": dict(self._sums),
+            "waiting": sorted(self._waiting),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -211,6 +254,7 @@ class TrainStep:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._batches = state["batches"]
+        self._waiting = frozenset(state.get("waiting", state["sums"] if self._batches else ()))
         device = self._state.settings.device
         self._sums = {name: value.to(device, copy=True) for name, value in state["sums"].items()}
 
@@ -249,13 +293,30 @@ class TrainStep:
     def _key(self, leaves: list[Any], spec: Spec) -> Any:
         """What batches of one kind have in common."""
         tree = self._state.tree(self.model)
+        if not self._state.settings.precision.pure:
+            tree.check_dtypes()
+        held = self._held_now(tree.parameters())
+        hooks = tuple([id(hook) for table in _hook_tables(self.model) for hook in table.values()])
         kinds = [(t.dtype, t.shape, t.stride(), t.device, t.requires_grad) for t in leaves]
-        return spec, tuple(kinds), tree.training(), tree.version()
+        modes = tree.training(), tree.version()
+        return spec, tuple(kinds), *modes, held, hooks, self._reads.state()
+
+    def _held_now(self, in_model: list[int]) -> int:
+        """A number that stands for the parameters of model and optimizer as they are now."""
+        parameters = [*_parameters(self.optimizer)]
+        hooks = [(i, *h) for i, p in enumerate(parameters) if (h := p._backward_hooks)]
+        kinds = [p.dtype for p in parameters], [p.requires_grad for p in parameters]
+        now: tuple[list[Any], ...] = (in_model, [*map(id, parameters)], *kinds, hooks)
+        if now != self._held:
+            self._held, self._names = now, _parameter_names(self.model, self.optimizer)
+            key = tuple([tuple(part) for part in now])
+            self._version = self._versions.setdefault(key, len(self._versions))
+        return self._version
 
     def _layout(self) -> Any:
         """The optimizer's parameters, state and settings, as far as a graph depends on them."""
         groups = [
-            (*map(id, group["params"]), *(v for v in group.values() if isinstance(v, (bool, int))))
+            (*map(id, group["params"]), *(_setting(v) for k, v in group.items() if k != "params"))
             for group in self.optimizer.param_groups
         ]
         state = self.optimizer.state
@@ -299,17 +360,45 @@ class TrainStep:
         now = [slot.read() for slot in update.hyperparameters]  # type: ignore[misc]
         return update.holds(now)
 
-    def _traced(self, batch: Any, leaves: list[Any]) -> Gradients:
+    def _with_all_sums(self, batch: Any, leaves: list[Any]) -> Any:
+        """The kind of batch that ends a window, with those sums that it adds nothing to.
+
+        Raises:
+            CaptureError: A sum is of a parameter that is not trained any more.
+        """
+        found = gradients_of(self._traced(batch, leaves).graph_module.graph)
+        zeros = self._waiting.difference(found)
+        if lost := zeros.difference(dict(_trained(self.optimizer, self._names))):
+            raise CaptureError(
+                f"gradients of {', '.join(sorted(lost))} have been added up, and now it is frozen "
+                "or gone. Change what is trained after an update, not between the batches of one."
+            )
+        if not zeros:
+            return batch
+        batch = (*batch, zeros)
+        self._traced(batch, leaves, zeros)
+        return batch
+
+    def _traced(
+        self, batch: Any, leaves: list[Any], zeros: frozenset[str] = frozenset()
+    ) -> Gradients:
         if batch not in self._gradients:
-            self._refuse_hooks()
+            if len(self._gradients) == self._state.settings.max_graphs // 2:
+                self._state.say(
+                    f"this step has been captured {len(self._gradients)} times, for as many kinds "
+                    "of batch. Every new kind costs a capture and its memory: pad batches to "
+                    "fewer shapes, and pass numbers that change as tensors."
+                )
             parameters = dict(_trained(self.optimizer, self._names))
             self._gradients[batch] = trace_gradients(
-                self.model, self.loss_fn, parameters, leaves, batch[0], self.accumulation_steps
-            )
+                self.model, self.loss_fn, parameters, leaves, batch[0], self.accumulation_steps,
+                zeros,
+            )  # fmt: skip
         return self._gradients[batch]
 
     def _traced_update(self, key: Any, gradients: Gradients) -> Update | None:
         values = {n: g.meta["val"] for n, g in gradients_of(gradients.graph_module.graph).items()}
+        refuse_sparse(values)
         on_gpu = self._state.settings.device == "cuda"
         if on_gpu and self._backend.inductor:
             counters_to_device(self.optimizer)
@@ -375,8 +464,8 @@ class TrainStep:
     def _sum_slots(self, gradients: Gradients) -> dict[str, StepSlot]:
         slots = {}
         for name, node in gradients_of(gradients.graph_module.graph).items():
-            if name not in self._sums:
-                value = node.meta["val"]
+            value = node.meta["val"]
+            if name not in self._sums or self._sums[name].shape != value.shape:
                 self._sums[name] = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
             slots[name] = StepSlot("sum", f"sum of gradient {name}", self._sum_reader(name))
         return slots
@@ -404,20 +493,33 @@ class TrainStep:
                 parameter.grad = before[name]
         return outputs
 
-    def _refuse_hooks(self) -> None:
-        hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-        if any(getattr(self.optimizer, name, None) for name in hooks):
-            raise CaptureError(
-                "the optimizer has step hooks, which a captured step would not call. Remove them "
-                "(their handle has .remove()) and do their work around the call of the step."
-            )
-        for name, parameter in _trained(self.optimizer, self._names):
-            if getattr(parameter, "_post_accumulate_grad_hooks", None):
-                raise CaptureError(
-                    f"parameter {name} has a post-accumulate-grad hook; TrainStep computes "
-                    "gradients without accumulating them. Remove it, or train with mpgraph.convert "
-                    "and mpgraph.guard."
-                )
+
+# What _forget makes.
+_CAPTURED = frozenset(
+    {
+        "_reads", "_held", "_version", "_versions", "_names", "_gradients", "_updates",
+        "_programs", "_launches", "_counters", "_updated",
+    }
+)  # fmt: skip
+_ROOT_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _hook_tables(model: nn.Module) -> list[dict[int, Any]]:
+    """The model's own hooks: those of its parts belong to the version of its tree."""
+    return [vars(model)[name] for name in _ROOT_HOOKS]
+
+
+def _setting(value: Any) -> Any:
+    """What a graph depends on, of a setting in a parameter group: of numbers, the type alone."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_setting, value))
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.device
+    return (type(value), None if isinstance(value, float) else _plain(value))
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, str, type(None))) else id(value)
 
 
 def _check_arguments(
