@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo import config as dynamo_config
-from torch._dynamo import convert_frame, exc, symbolic_convert
+from torch._dynamo import convert_frame, exc, external_utils, symbolic_convert
 from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.variables import (
@@ -330,6 +330,7 @@ _COMPILING = (
     torch.compiler.is_compiling,
     torch.compiler.is_dynamo_compiling,
     torch._utils.is_compiling,
+    external_utils.is_compiling,
 )
 _CAPTURING = (torch.cuda.is_current_stream_capturing, torch.xpu.is_current_stream_capturing)
 
