@@ -19,6 +19,7 @@ from mpgraph.capture.region import TRACEABLE, bordered, untraced
 from mpgraph.errors import CaptureError
 from mpgraph.gather import home_of
 from mpgraph.module import Specialisation, State, tracing_step
+from mpgraph.pipeline import size_hint
 from mpgraph.places import is_users
 from mpgraph.structure import count_leaves, flatten, unflatten
 
@@ -220,7 +221,7 @@ def _stand_in(leaf: Any) -> Any:
     """A real tensor of the same kind: capture looks at kinds, not at values."""
     if not isinstance(leaf, torch.Tensor):
         return leaf
-    shape, stride = [int(n) for n in leaf.shape], [int(n) for n in leaf.stride()]
+    shape, stride = [size_hint(n) for n in leaf.shape], [size_hint(n) for n in leaf.stride()]
     made = torch.empty_strided(shape, stride, dtype=leaf.dtype, device=leaf.device).zero_()
     if leaf.requires_grad:
         made.requires_grad_()

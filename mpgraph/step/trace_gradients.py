@@ -11,7 +11,12 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 
 from mpgraph.capture.breaks import line_of_error
 from mpgraph.capture.writes import writes_taken_back
@@ -53,6 +58,7 @@ def trace_gradients(
     leaves: Tensors,
     spec: Spec,
     divisor: int = 1,
+    dynamic: Sequence[frozenset[int]] = (),
 ) -> Gradients:
     """Trace ``loss_fn(model, *args, **kwargs)`` and its gradients.
 
@@ -63,6 +69,7 @@ def trace_gradients(
         leaves: The tensors of one batch.
         spec: How they become ``(args, kwargs)``.
         divisor: What the loss is divided by before it is differentiated.
+        dynamic: Per leaf, the dimensions whose size stays symbolic. Equal sizes share a symbol.
 
     Raises:
         CaptureError: The loss cannot be traced; says why, where, and what to do.
@@ -71,7 +78,8 @@ def trace_gradients(
     trace = _Trace(model, loss_fn, parameters, spec, divisor)
     with writes_taken_back(), mode, torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fakes = [mode.from_tensor(leaf, static_shapes=True) for leaf in leaves]
+        varying = dynamic or [frozenset[int]()] * len(leaves)
+        fakes = [_fake_leaf(mode, *pair) for pair in zip(leaves, varying, strict=True)]
         gm = _traced(trace, fakes)
     graph = gm.graph
     _name_results(graph, trace)
@@ -213,6 +221,15 @@ def _lift(gm: fx.GraphModule, homes: Homes, trace: _Trace, mode: FakeTensorMode)
         graph.erase_node(node)
     _drop_attributes(gm)
     gm.recompile()
+
+
+def _fake_leaf(mode: FakeTensorMode, leaf: torch.Tensor, dynamic: frozenset[int]) -> torch.Tensor:
+    if not dynamic:
+        return mode.from_tensor(leaf, static_shapes=True)
+    # DUCK: what has the same size in the example batch is the same symbol.
+    kinds = [DimDynamic.DUCK if i in dynamic else DimDynamic.STATIC for i in range(leaf.dim())]
+    context = StatelessSymbolicContext(kinds, constraint_sizes=[None] * leaf.dim())
+    return mode.from_tensor(leaf, static_shapes=False, symbolic_context=context)
 
 
 def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:

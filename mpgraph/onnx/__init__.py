@@ -1,0 +1,1 @@
+"""From mpgraph's graphs to ONNX files of standard operators."""

@@ -1,0 +1,1 @@
+"""Fine-tuning on a device: numpy and onnxruntime alone."""
