@@ -120,7 +120,7 @@ def _with_results(gm: fx.GraphModule) -> Functional:
     output = graph.output_node()
     returned = output.args[0]
     output.args = ((*returned, *new.values()),)  # type: ignore[misc]
-    graph.eliminate_dead_code()
+    drop_copies(graph, laid_out=True)
     gm.recompile()
     return Functional(gm, [inputs.index(place) for place in new])
 
@@ -133,13 +133,17 @@ _COPIES = frozenset(
 )  # fmt: skip
 
 
-def drop_copies(graph: fx.Graph) -> int:
-    """Use values instead of their copies: in a graph without writes, both stay equal."""
+def drop_copies(graph: fx.Graph, *, laid_out: bool = False) -> int:
+    """Use values instead of their copies: in a graph without writes, both stay equal.
+
+    With ``laid_out``, only where both lie in memory alike: views of a copy may not be views of the
+    original.
+    """
     edits = 0
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _COPIES:
             source = node.args[1 if node.target is aten.copy.default else 0]
-            if isinstance(source, fx.Node) and _is_alike(source.meta["val"], node.meta["val"]):
+            if isinstance(source, fx.Node) and _is_alike(source, node, laid_out):
                 node.replace_all_uses_with(source)
                 graph.erase_node(node)
                 edits += 1
@@ -147,7 +151,9 @@ def drop_copies(graph: fx.Graph) -> int:
     return edits
 
 
-def _is_alike(a: Any, b: Any) -> bool:
-    return bool(
-        isinstance(a, torch.Tensor) and a.dtype is b.dtype and tuple(a.shape) == tuple(b.shape)
-    )
+def _is_alike(source: fx.Node, copy: fx.Node, laid_out: bool) -> bool:
+    a, b = source.meta["val"], copy.meta["val"]
+    if not isinstance(a, torch.Tensor) or a.dtype is not b.dtype:
+        return False
+    is_alike = tuple(a.shape) == tuple(b.shape)
+    return is_alike and (not laid_out or tuple(a.stride()) == tuple(b.stride()))

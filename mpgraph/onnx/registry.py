@@ -20,6 +20,10 @@ def registry(opset: int) -> Any:
         found = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
     finally:
         logger.setLevel(before)
-    for target, function in translations(opset).items():
+
+    def known(target: Any) -> Any:
+        return found.get_decomps(target)[0].onnx_function
+
+    for target, function in translations(opset, known).items():
         found.register_op(target, function)
     return found

@@ -1,7 +1,7 @@
 """From a graph of ATen operators to an ONNX model with named inputs and outputs.
 
-The exporter of ``torch.onnx`` translates; what it would do afterwards to "optimize" is not exact (it
-deletes ``+ eps`` for an eps up to 1e-8, and factors within 1e-5 of 1), so only passes that change
+The exporter of ``torch.onnx`` translates. What it would do afterwards to "optimize" is not exact:
+it deletes ``+ eps`` for an eps up to 1e-8, and factors within 1e-5 of 1. So only passes that change
 no value run here.
 """
 
@@ -197,6 +197,7 @@ def _rename(
 ) -> None:
     from torch.onnx._internal.exporter import _ir_passes
 
+    _keep_names_apart(model)
     taken = {*inputs, *outputs}
     for node in model.graph:
         for value in node.outputs:
@@ -211,6 +212,22 @@ def _rename(
     if dims:
         _ir_passes.rename_axis(model, dict(dims))
     model.graph.metadata_props.clear()
+
+
+def _keep_names_apart(model: Any) -> None:
+    """A copy of each result that is also another result: one value has one name."""
+    import onnx_ir
+
+    seen = set(model.graph.inputs)
+    for index, value in enumerate(model.graph.outputs):
+        if value in seen:
+            node = onnx_ir.node("Identity", [value])
+            model.graph.append(node)
+            (copy,) = node.outputs
+            copy.shape, copy.type = value.shape, value.type
+            copy.name = f"{value.name}_again_{index}"
+            model.graph.outputs[index] = copy
+        seen.add(value)
 
 
 class _quiet:

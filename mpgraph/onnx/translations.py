@@ -1,4 +1,4 @@
-"""Operators that torchlib does not translate, and that one or two ONNX operators compute."""
+"""Operators that torchlib does not translate, or translates to something else."""
 
 from __future__ import annotations
 
@@ -8,15 +8,34 @@ from typing import Any
 import torch
 
 aten = torch.ops.aten
+Translation = Callable[..., Any]
 
 
-def translations(opset: int) -> Mapping[Any, Callable[..., Any]]:
-    """By operator: a function that writes ONNX nodes."""
+def translations(opset: int, known: Callable[[Any], Translation]) -> Mapping[Any, Translation]:
+    """By operator: a function that writes ONNX nodes.
+
+    Args:
+        opset: The version of the ai.onnx operators.
+        known: torchlib's translation of an operator.
+    """
     import onnxscript
 
     op: Any = getattr(onnxscript, f"opset{opset}")
+    floor_divide = known(aten.floor_divide.default)
+    div_mode = known(aten.div.Tensor_mode)
 
     def sym_numel(x: Any) -> Any:
         return op.Size(x)
 
-    return {aten.sym_numel.default: sym_numel}
+    def divide(x: Any, y: Any, rounding_mode: str | None = None) -> Any:
+        # torchlib divides integers in float32, which is wrong above 2**24.
+        if x.dtype is None or not x.dtype.is_integer() or rounding_mode is None:
+            return div_mode(x, y, rounding_mode=rounding_mode)
+        y = op.CastLike(y, x)
+        return op.Div(x, y) if rounding_mode == "trunc" else floor_divide(x, y)
+
+    return {
+        aten.sym_numel.default: sym_numel,
+        aten.div.Tensor_mode: divide,
+        aten.div.Scalar_mode: divide,
+    }

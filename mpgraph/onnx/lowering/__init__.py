@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from mpgraph.onnx.lowering import average_pooling, convolution, copies, max_pooling, norms
+from mpgraph.onnx.lowering import average_pooling, convolution, copies, max_pooling, training
 from mpgraph.onnx.lowering.row import Row
 
 ROWS: tuple[Row, ...] = (
     *convolution.ROWS,
     *average_pooling.ROWS,
     *max_pooling.ROWS,
-    *norms.ROWS,
+    *training.ROWS,
     *copies.ROWS,
 )
 

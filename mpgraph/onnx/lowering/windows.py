@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """For every output, its window ``[start, end)``, cut to the input, and what it is divided by."""
+    """For each output, its window ``[start, end)``, cut to the input, and its divisor."""
 
     size: int
     starts: tuple[int, ...]
