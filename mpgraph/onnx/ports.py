@@ -81,7 +81,9 @@ def _widened(graph: fx.Graph, node: Any) -> Any:
     return cast
 
 
-def ports_of(made: Functional, batch: Sequence[str], groups: int) -> list[Port]:
+def ports_of(
+    made: Functional, batch: Sequence[str], groups: int, state: frozenset[str] = frozenset()
+) -> list[Port]:
     """What the placeholders of a step without writes stand for.
 
     Those that nothing reads or writes go, so do counters that only follow another one, and small
@@ -92,6 +94,7 @@ def ports_of(made: Functional, batch: Sequence[str], groups: int) -> list[Port]:
         made: The step.
         batch: The names of the batch's tensors.
         groups: How many parameter groups the optimizer has.
+        state: Names of what another graph writes: it is no constant.
     """
     graph = made.graph_module.graph
     nodes = list(graph.find_nodes(op="placeholder"))
@@ -103,7 +106,7 @@ def ports_of(made: Functional, batch: Sequence[str], groups: int) -> list[Port]:
             del following[node]
         if not node.users and node not in following and node.meta["slot"].kind != "input":
             graph.erase_node(node)
-        elif node not in following and _is_small(node):
+        elif node not in following and names[node] not in state and _is_small(node):
             _write_into(made.graph_module, node)
     left = list(graph.find_nodes(op="placeholder"))
     output = graph.output_node()
@@ -239,4 +242,13 @@ def result_names(spec: Spec) -> list[str]:
     names = [name or "loss" for name in leaf_names(spec)]
     if "loss" not in names:
         names[0] = "loss"
-    return [name if not name[:1].isdigit() else f"output_{name}" for name in names]
+    return [_spelled(name) for name in names]
+
+
+def output_names(spec: Spec) -> list[str]:
+    """Names for what a model returned."""
+    return [_spelled(name or "output") for name in leaf_names(spec)]
+
+
+def _spelled(name: str) -> str:
+    return f"output_{name}" if name[:1].isdigit() else name

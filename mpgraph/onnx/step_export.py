@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mpgraph.errors import ExportError
+from mpgraph.onnx.forward_trace import evaluation, inference, trace_question
 from mpgraph.onnx.in_place import in_place
-from mpgraph.onnx.ports import Port
+from mpgraph.onnx.rounding import IR_VERSION, write_rounding
 from mpgraph.onnx.step_check import check_step
 from mpgraph.onnx.step_files import (
     dtype_name,
@@ -24,8 +25,9 @@ from mpgraph.onnx.step_files import (
 from mpgraph.onnx.step_trace import StepGraph, trace_step
 from mpgraph.onnx.targets import Target, target_of
 from mpgraph.onnx.translate import translate
+from mpgraph.passes.counter_dropout import SEED
 from mpgraph.runtime import manifest as files
-from mpgraph.structure import Spec, flatten
+from mpgraph.structure import Spec
 
 if TYPE_CHECKING:
     from mpgraph.step.train_step import TrainStep
@@ -63,20 +65,35 @@ def export_step(
     _need_onnx()
     goal = target_of(target, opset)
     graph = trace_step(step, leaves, spec, goal, dynamic=dynamic)
-    model = translated(graph, goal)
+    state = frozenset(port.name for port in graph.state())
+    graphs = {files.TRAIN: graph}
+    questions = {
+        files.EVALUATE: evaluation(step, leaves, spec, dynamic),
+        files.INFER: inference(step, graph),
+    }
+    for name, question in questions.items():
+        if question is not None:
+            graphs[name] = trace_question(step, question, goal, state)
+    models = {name: translated(part, goal) for name, part in graphs.items()}
+    values = _values(graphs.values(), seed)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    values = {port.name: value_of(port) for port in graph.ports if port.role != "batch"}
-    if "random.seed" in values:
-        values["random.seed"] = torch.tensor(seed)
-    _save(model, path / files.TRAIN)
-    written = _write_values(path, graph, values)
-    manifest = _manifest(step, graph, model, goal, values)
-    sums = {name: files.checksum(path / name) for name in (files.TRAIN, *written)}
+    written = _write(path, models, graphs, values, goal)
+    manifest = _manifest(step, graphs, models[files.TRAIN], goal, values)
+    sums = {name: files.checksum(path / name) for name in written}
     manifest = dataclasses.replace(manifest, files=sums)
     manifest.write(path)
     error = check_step(path, graph, values, leaves) if verify else None
     return ExportedStep(path, manifest, error)
+
+
+def _values(graphs: Iterable[StepGraph], seed: int) -> dict[str, torch.Tensor]:
+    """What every input but the batch starts with."""
+    found = {p.name: p for graph in graphs for p in graph.ports if p.role != "batch"}
+    values = {name: value_of(port) for name, port in found.items()}
+    if SEED.name in values:
+        values[SEED.name] = torch.tensor(seed)
+    return values
 
 
 def translated(graph: StepGraph, target: Target) -> Any:
@@ -87,55 +104,69 @@ def translated(graph: StepGraph, target: Target) -> Any:
     return translate(graph.graph_module, inputs, outputs, opset=target.opset, dims=dims)
 
 
-def _save(model: Any, path: Path) -> None:
+def _write(
+    path: Path,
+    models: Mapping[str, Any],
+    graphs: Mapping[str, StepGraph],
+    values: Mapping[str, torch.Tensor],
+    target: Target,
+) -> list[str]:
+    """Write every file but the manifest; their names."""
     import onnx
     import onnx_ir
 
-    onnx_ir.save(model, str(path))
-    onnx.checker.check_model(str(path), full_check=True)
-
-
-def _write_values(path: Path, graph: StepGraph, values: Mapping[str, torch.Tensor]) -> list[str]:
-    written = []
-    for name, role in ((files.STATE, "state"), (files.FROZEN, "frozen")):
-        tensors = {p.name: values[p.name] for p in graph.ports if p.role == role}
-        if tensors or name == files.STATE:
-            write_tensors(path / name, tensors)
-            written.append(name)
+    for name, model in models.items():
+        model.ir_version = IR_VERSION
+        onnx_ir.save(model, str(path / name))
+        onnx.checker.check_model(str(path / name), full_check=True)
+    write_rounding(path / files.ROUNDING, target.opset)
+    state, frozen = _names(graphs)
+    write_tensors(path / files.STATE, {name: values[name] for name in state})
+    written = [*models, files.ROUNDING, files.STATE]
+    if frozen:
+        write_tensors(path / files.FROZEN, {name: values[name] for name in frozen})
+        written.append(files.FROZEN)
     return written
 
 
+def _names(graphs: Mapping[str, StepGraph]) -> tuple[list[str], list[str]]:
+    """The names of what a step writes, and of what nothing does."""
+    state = [port.name for port in graphs[files.TRAIN].state()]
+    ports = [port for graph in graphs.values() for port in graph.ports]
+    frozen = dict.fromkeys(p.name for p in ports if p.role == "frozen" and p.name not in state)
+    return state, [*frozen]
+
+
 def _manifest(
-    step: TrainStep, graph: StepGraph, model: Any, target: Target, values: Mapping[str, Any]
+    step: TrainStep,
+    graphs: Mapping[str, StepGraph],
+    model: Any,
+    target: Target,
+    values: Mapping[str, torch.Tensor],
 ) -> files.Manifest:
     import onnx
 
     import mpgraph
 
-    roles: dict[str, list[Port]] = {"batch": [], "state": [], "frozen": [], "hyperparameter": []}
-    for port in graph.ports:
-        roles[port.role].append(port)
-    safe = in_place(model, {port.name: next_name(port.name) for port in roles["state"]})
-    reads = tuple(port.name for port in (*roles["state"], *roles["frozen"]))
-    train = files.Graph(
-        tuple(tensor_of(p.name, p.value, graph.symbol) for p in roles["batch"]),
-        _outputs(graph),
-        reads,
-    )
+    train = graphs[files.TRAIN]
+    ports = {port.name: port for graph in graphs.values() for port in graph.ports}
+    safe = in_place(model, {port.name: next_name(port.name) for port in train.state()})
+    _, frozen = _names(graphs)
     return files.Manifest(
         precision=step._state.settings.precision.name,
         target=target.name,
         provider=target.provider,
         opset=target.opset,
         accumulation_steps=step.accumulation_steps,
-        batch_size="batch" if graph.symbol else _batch_size(roles["batch"]),
-        state=state_of_ports(roles["state"], safe),
-        frozen=tuple(tensor_of(p.name, p.value, graph.symbol) for p in roles["frozen"]),
+        batch_size="batch" if train.symbol else _batch_size(train),
+        state=state_of_ports(train.state(), safe),
+        frozen=tuple(tensor_of(name, ports[name].value, "") for name in frozen),
         numbers=tuple(
             files.Number(p.name, dtype_name(p.value.dtype), float(values[p.name]))
-            for p in roles["hyperparameter"]
+            for p in train.ports
+            if p.role == "hyperparameter"
         ),
-        graphs={files.TRAIN: train},
+        graphs={name: _graph(graph) for name, graph in graphs.items()},
         files={},
         versions={
             "mpgraph": mpgraph.__version__, "torch": torch.__version__, "onnx": onnx.__version__,
@@ -143,13 +174,18 @@ def _manifest(
     )  # fmt: skip
 
 
-def _outputs(graph: StepGraph) -> tuple[files.Tensor, ...]:
+def _graph(graph: StepGraph) -> files.Graph:
     returned: Any = graph.graph_module.graph.output_node().args[0]
-    pairs = zip(graph.results, returned, strict=False)
-    return tuple(tensor_of(name, node.meta["val"], graph.symbol) for name, node in pairs)
+    values = [node.meta["val"] for node in returned]
+    return files.Graph(
+        tuple(tensor_of(p.name, p.value, graph.symbol) for p in graph.ports if p.role == "batch"),
+        tuple(map(tensor_of, graph.results, values, [graph.symbol] * len(graph.results))),
+        tuple(p.name for p in graph.ports if p.role in ("state", "frozen")),
+    )
 
 
-def _batch_size(ports: Sequence[Port]) -> int:
+def _batch_size(graph: StepGraph) -> int:
+    ports = [port for port in graph.ports if port.role == "batch"]
     sizes = [int(port.value.shape[0]) for port in ports if port.value.dim()]
     return sizes[0] if sizes else 1
 
@@ -165,8 +201,3 @@ def _need_onnx() -> None:
             f"exporting needs {error.name}, which is not installed. pip install 'mpgraph[onnx]' "
             "installs what is missing."
         ) from error
-
-
-def example_of(args: Any, kwargs: Any) -> tuple[list[Any], Spec]:
-    """The tensors of an example batch, and how they are put together."""
-    return flatten((tuple(args), dict(kwargs)))

@@ -52,6 +52,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     from safetensors.torch import save_file
 
     save_file({name: value.contiguous().clone() for name, value in tensors.items()}, str(path))
+    path.chmod(0o644)  # safetensors leaves it readable for its owner alone
 
 
 def value_of(port: Port) -> torch.Tensor:

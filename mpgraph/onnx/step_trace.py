@@ -60,12 +60,14 @@ class StepGraph:
         ports: What the placeholders stand for.
         results: The names of the results.
         symbol: The symbolic batch size; "" where it is fixed.
+        calls: For each call of a converted model, the model and its arguments, taken apart.
     """
 
     graph_module: fx.GraphModule
     ports: list[Port]
     results: list[str]
     symbol: str
+    calls: list[tuple[Any, list[Any], Spec]]
 
     def state(self) -> list[Port]:
         """The ports that have a next value."""
@@ -107,7 +109,7 @@ def trace_step(
     ports = ports_of(made, names, len(optimizer.param_groups))
     kept = _named_results(results, gradients)
     run_passes(made.graph_module, (legalize,), _target_context(step, target))
-    return StepGraph(made.graph_module, ports, kept, _symbol(gradients))
+    return StepGraph(made.graph_module, ports, kept, symbol_of(gradients), gradients.calls)
 
 
 def _gradients(step: TrainStep, leaves: Sequence[Any], spec: Spec, dynamic: bool) -> Gradients:
@@ -194,7 +196,7 @@ def _named_results(names: Sequence[str], gradients: Gradients) -> list[str]:
 _RESULTS = {"found_inf": "skipped", "norm": "grad_norm"}
 
 
-def _symbol(gradients: Gradients) -> str:
+def symbol_of(gradients: Gradients) -> str:
     """The name of the symbol that stands for the batch size, if tracing has left it one."""
     for node in gradients.graph_module.graph.find_nodes(op="placeholder"):
         value = node.meta["val"]

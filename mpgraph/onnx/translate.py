@@ -26,6 +26,7 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
+from mpgraph import ir
 from mpgraph.errors import ExportError
 from mpgraph.onnx.functional import drop_copies, retrace
 from mpgraph.onnx.lowering import decompositions
@@ -64,6 +65,7 @@ def translate(
             model = _translated(lowered, opset)
         except torch.onnx.OnnxExporterError as error:
             raise ExportError(_untranslated(error)) from error
+    _tell_origins(model)
     clean(model)
     _rename(model, inputs, outputs, dims or {})
     return model
@@ -173,6 +175,20 @@ def _untranslated(error: Exception) -> str:
     first = str(error).strip().splitlines()
     text = str(reason).strip().splitlines()
     return f"torch.onnx cannot translate the graph: {' '.join(text[:3] or first[:1])}"
+
+
+def _tell_origins(model: Any) -> None:
+    """Say of each node which module and line it comes from, instead of what torch.onnx says."""
+    for node in model.graph:
+        origin = node.meta.get("node")
+        node.metadata_props.clear()
+        if origin is not None:
+            told = {"part": origin.meta.get("part"), "module": origin.meta.get("module_path")}
+            node.metadata_props.update({k: str(v) for k, v in told.items() if v})
+            if line := ir.source_line(origin):
+                node.metadata_props["line"] = line
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.metadata_props.clear()
 
 
 def clean(model: Any) -> None:

@@ -21,7 +21,7 @@ from mpgraph.gather import home_of
 from mpgraph.module import Specialisation, State, tracing_step
 from mpgraph.pipeline import size_hint
 from mpgraph.places import is_users
-from mpgraph.structure import count_leaves, flatten, unflatten
+from mpgraph.structure import Spec, count_leaves, flatten, unflatten
 
 # What a node of the step inherits from the node of a rewritten graph that it comes from.
 _INHERITED = ("module_path", "stack_trace", "decision", "nn_module_stack", "inserted")
@@ -37,12 +37,19 @@ class Assigned:
 
 
 class Inside:
-    """Runs converted models for a trace, and notes which node of the step comes from where."""
+    """Runs converted models for a trace, and notes which node of the step comes from where.
+
+    Attributes:
+        states: The states of the models that were called.
+        assigned: What their forward assigns to their modules.
+        calls: For each call, the model and its arguments, taken apart.
+    """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self.states: list[State] = []
         self.assigned: list[Assigned] = []
+        self.calls: list[tuple[nn.Module, list[Any], Spec]] = []
         self._made: dict[Any, dict[str, Any]] = {}
         self._last = _last_node(graph)
         self._in_model = False
@@ -58,6 +65,7 @@ class Inside:
     ) -> Any:
         """One call of a converted model, in operators that autograd and the trace can see."""
         leaves, spec = flatten(state.bind(model, args, kwargs))
+        self.calls.append((model, leaves, spec))
         with untraced(), torch._C.DisableTorchFunction():
             entry = state.find(model, [_stand_in(leaf) for leaf in leaves], spec)
         if not isinstance(entry, Specialisation):

@@ -41,6 +41,7 @@ class Gradients:
         result: How the leaves of the result are put together.
         assigned: What the model's forward assigns to its modules.
         states: The converted models that took part.
+        calls: For each call of a converted model, the model and its arguments, taken apart.
         mode: The fake mode of every value in the graph.
     """
 
@@ -48,6 +49,7 @@ class Gradients:
     result: Spec
     assigned: list[Assigned]
     states: list[State]
+    calls: list[tuple[nn.Module, list[Any], Spec]]
     mode: FakeTensorMode
 
 
@@ -74,19 +76,48 @@ def trace_gradients(
     Raises:
         CaptureError: The loss cannot be traced; says why, where, and what to do.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     trace = _Trace(model, loss_fn, parameters, spec, divisor)
-    with writes_taken_back(), mode, torch.enable_grad(), warnings.catch_warnings():
+    with torch.enable_grad():
+        return _run_trace(trace, leaves, dynamic)
+
+
+def trace_results(
+    model: nn.Module,
+    function: Callable[..., Any],
+    leaves: Tensors,
+    spec: Spec,
+    dynamic: Sequence[frozenset[int]] = (),
+) -> Gradients:
+    """Trace ``function(model, *args, **kwargs)`` alone, without gradients.
+
+    Args:
+        model: A converted model, in the mode that is to be traced.
+        function: Takes the model and a batch.
+        leaves: The tensors of one batch.
+        spec: How they become ``(args, kwargs)``.
+        dynamic: As for :func:`trace_gradients`.
+
+    Raises:
+        CaptureError: It cannot be traced; says why, where, and what to do.
+    """
+    with torch.no_grad():
+        return _run_trace(_Trace(model, function, None, spec, 1), leaves, dynamic)
+
+
+def _run_trace(trace: _Trace, leaves: Tensors, dynamic: Sequence[frozenset[int]]) -> Gradients:
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    with writes_taken_back(), mode, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         varying = dynamic or [frozenset[int]()] * len(leaves)
         fakes = [_fake_leaf(mode, *pair) for pair in zip(leaves, varying, strict=True)]
         gm = _traced(trace, fakes)
     graph = gm.graph
     _name_results(graph, trace)
-    _lift(gm, Homes(model, *_modules_in(loss_fn)), trace, mode)
+    _lift(gm, Homes(trace.model, *_modules_in(trace.loss_fn)), trace, mode)
     assert trace.result is not None
     assert trace.inside is not None
-    return Gradients(gm, trace.result, trace.inside.assigned, trace.inside.states, mode)
+    inside = trace.inside
+    return Gradients(gm, trace.result, inside.assigned, inside.states, inside.calls, mode)
 
 
 class _Trace:
@@ -96,12 +127,13 @@ class _Trace:
         self,
         model: nn.Module,
         loss_fn: LossFunction,
-        parameters: Mapping[str, torch.Tensor],
+        parameters: Mapping[str, torch.Tensor] | None,
         spec: Spec,
         divisor: int,
     ) -> None:
         self.model, self.loss_fn, self.spec, self.divisor = model, loss_fn, spec, divisor
-        self.parameters = parameters
+        self.parameters = parameters or {}
+        self.differentiates = parameters is not None
         self.inside: Inside | None = None
         self.result: Spec | None = None
         self.count = 0
@@ -114,8 +146,18 @@ class _Trace:
         args, kwargs = unflatten(self.spec, leaves)
         with inside.active():
             value = self.loss_fn(self.model, *args, **kwargs)
-        loss = loss_of(value, self.loss_fn)
         self._refuse_opaque(value)
+        gradients = self._gradients(inside, value) if self.differentiates else []
+        outputs, self.result = flatten(value)
+        for assigned in inside.assigned:
+            outputs.extend(assigned.leaves)
+        self.count = len(outputs)
+        returned = [*(o.detach() for o in outputs), *gradients]
+        mark(inside.graph, "forward")
+        return returned
+
+    def _gradients(self, inside: Inside, value: Any) -> list[torch.Tensor]:
+        loss = loss_of(value, self.loss_fn)
         if self.divisor > 1:
             loss = loss / self.divisor
         mark(inside.graph, "forward")
@@ -126,13 +168,7 @@ class _Trace:
         inside.note({})
         mark(inside.graph, "backward")
         self.named = [n for n, g in zip(self.parameters, laid_out, strict=True) if g is not None]
-        outputs, self.result = flatten(value)
-        for assigned in inside.assigned:
-            outputs.extend(assigned.leaves)
-        self.count = len(outputs)
-        returned = [*(o.detach() for o in outputs), *(g for g in laid_out if g is not None)]
-        mark(inside.graph, "forward")
-        return returned
+        return [g for g in laid_out if g is not None]
 
     def _refuse_opaque(self, value: Any) -> None:
         for found in opaque_values(flatten(value)[1]):

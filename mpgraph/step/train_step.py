@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ from mpgraph.step.slots import StepSlot, step_slots
 from mpgraph.step.trace_gradients import Gradients, trace_gradients
 from mpgraph.step.trace_update import NewState, Update, trace_fused_update, trace_update
 from mpgraph.structure import Spec, count_leaves, flatten, unflatten
+
+if TYPE_CHECKING:
+    from mpgraph.onnx.step_export import ExportedStep
 
 
 class TrainStep:
@@ -118,6 +121,7 @@ class TrainStep:
         self._counters: tuple[Any, tuple[frozenset[str], ...]] | None = None
         self._updated: frozenset[str] = frozenset()  # by the last step
         self.last_step_skipped: Any = False
+        self._last_batch: tuple[list[Any], Spec] | None = None
 
     def _guard(self, max_grad_norm: float | None, scale: LossScale | float | None) -> None:
         """Guard the optimizer: for first steps, for its state_dict, and for loops around it."""
@@ -136,7 +140,7 @@ class TrainStep:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take one step, or add one batch to it; what the loss function returned, detached."""
-        leaves, spec = flatten((args, kwargs))
+        leaves, spec = self._last_batch = flatten((args, kwargs))
         is_last = self._batches + 1 == self.accumulation_steps
         batch = self._key(leaves, spec)
         program = self._program(batch, leaves, is_last)
@@ -165,6 +169,58 @@ class TrainStep:
         if update is not None and update.is_fused:
             graphs.append((update.graph_module, "update"))
         return StepReport(graphs)
+
+    def export_onnx(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+        target: str = "cpu",
+        opset: int | None = None,
+        verify: bool = True,
+        dynamic_batch: bool = True,
+        seed: int = 0,
+    ) -> ExportedStep:
+        """Write the whole step as ONNX files that onnxruntime trains from, without torch.
+
+        The folder holds ``train_step.onnx``, ``evaluate.onnx`` and ``infer.onnx`` in standard
+        operators, ``state.safetensors`` (parameters, optimizer state, statistics, loss scale, the
+        seed of the random numbers) and ``manifest.json``. :class:`mpgraph.runtime.OnnxTrainer`
+        runs it. What the optimizer does not train is kept apart, in ``frozen.safetensors``. The
+        step itself stays as it is.
+
+        Args:
+            folder: Where to; made if it is not there.
+            example_inputs: One batch: positional arguments, or keyword arguments as a dict. By
+                default the last batch that the step was called with.
+            target: "cpu", "cuda", "portable" or "web": where the files are to run.
+            opset: The version of the ONNX operators, from 18 to 23.
+            verify: Whether to run one step in onnxruntime and in torch, and compare.
+            dynamic_batch: Whether batches of any size are taken: the first dimension of every
+                tensor that has as many rows as the first one.
+            seed: The seed of dropout.
+
+        Raises:
+            CaptureError: The step cannot be captured as one graph.
+            ExportError: It cannot be written, or onnxruntime computes something else.
+        """
+        from mpgraph.onnx.step_export import export_step
+
+        if isinstance(example_inputs, Mapping):
+            batch = flatten(((), dict(example_inputs)))
+        elif example_inputs is not None:
+            batch = flatten((tuple(example_inputs), {}))
+        elif self._last_batch is not None:
+            batch = self._last_batch
+        else:
+            raise MPGraphError(
+                "the step has seen no batch, whose shapes and dtypes an export needs. Call it, or "
+                "pass one: step.export_onnx(folder, example_inputs=(x, y))."
+            )
+        return export_step(
+            self, folder, *batch, target=target, opset=opset, verify=verify, dynamic=dynamic_batch,
+            seed=seed,
+        )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """Model, optimizer, loss scale and gradients summed so far: all that a step changes.
