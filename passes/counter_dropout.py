@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -41,7 +41,7 @@ def counter_dropout(graph: fx.Graph, context: StepContext) -> int:
     if not drawing:
         return 0
     mode = next(n.meta["val"] for n in graph.nodes if _is_tensor(n)).fake_mode
-    seed, step = (slot_node(graph, slot, mode.from_tensor(slot.read())) for slot in (SEED, STEP))
+    seed, step = (slot_node(graph, s, mode.from_tensor(torch.tensor(0))) for s in (SEED, STEP))
     for stream, node in enumerate(drawing):
         _replace(graph, node, stream, [seed, step])
     (following,) = append(graph, lambda value: [value + 1], [step], "update")
@@ -56,7 +56,7 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _replace(graph: fx.Graph, node: fx.Node, stream: int, places: list[fx.Node]) -> None:
-    row = ROWS.get(node.target)
+    row = ROWS.get(cast(OpOverload, node.target))
     if row is None:
         raise ExportError(_unknown(node))
     inputs = [*dict.fromkeys(ir.argument_nodes(node))]
@@ -109,7 +109,8 @@ def _native_dropout(draw: Draw, x: Tensor, p: float, train: bool | None) -> tupl
 def _normal(draw: Draw, shape: Sequence[Any]) -> Tensor:
     """Two uniform numbers each (Box and Muller, 1958); 1 - u is never 0."""
     radius, angle = draw((*shape, 2)).unbind(-1)
-    return torch.sqrt(-2 * torch.log(1 - radius)) * torch.cos(2 * math.pi * angle)
+    found: Tensor = torch.sqrt(-2 * torch.log(1 - radius)) * torch.cos(2 * math.pi * angle)
+    return found
 
 
 def _dtype(options: dict[str, Any]) -> torch.dtype:

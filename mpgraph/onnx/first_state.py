@@ -69,8 +69,11 @@ def _stepped(
         return torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
 
     stand_ins = _stand_ins(parameters, gradient)
-    given = {s: _copied(states[p], lambda v: v) for p, s in stand_ins.items() if states.get(p)}
-    shadow = _shadow(optimizer, stand_ins, collections.defaultdict(dict, given))
+    given: dict[Any, State] = collections.defaultdict(dict)
+    for p, stand_in in stand_ins.items():
+        if states.get(p):
+            given[stand_in] = _copied(states[p], lambda value: value)
+    shadow = _shadow(optimizer, stand_ins, given)
     _step(shadow)
     left = [shadow.state.get(s, {}) for s in stand_ins.values()]
     tensors = [v for state in left for _, v in sorted(state.items()) if isinstance(v, torch.Tensor)]
@@ -80,7 +83,7 @@ def _stepped(
 def _stand_ins(
     parameters: Sequence[Any], gradient: Callable[[torch.Tensor], torch.Tensor]
 ) -> dict[Any, torch.nn.Parameter]:
-    found = {}
+    found: dict[Any, torch.nn.Parameter] = {}
     for p in parameters:
         found[p] = torch.nn.Parameter(p.detach().clone())
         found[p].grad = gradient(p.detach())

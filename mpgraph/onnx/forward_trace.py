@@ -58,7 +58,7 @@ def evaluation(step: TrainStep, leaves: Sequence[Any], spec: Spec, dynamic: bool
     return Question(step.loss_fn, names, result_names, leaves, spec, dims)
 
 
-def inference(step: TrainStep, graph: StepGraph) -> Question | None:
+def model_results(step: TrainStep, graph: StepGraph) -> Question | None:
     """What the model returns, called as in the step; None if the step does not call it."""
     calls = [call for call in graph.calls if call[0] is step.model]
     if not calls:

@@ -7,8 +7,11 @@ from typing import Any
 
 # Element by element, each from the same place of its inputs: writing over an input is safe.
 _ELEMENTWISE = frozenset({"Where", "Add", "Sub", "Mul", "Div", "Min", "Max", "Clip"})
-# May return the memory of their input: who reads the result reads the input.
-_VIEWS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
+# Who reads the result may read the input itself: a view returns its memory, and onnxruntime folds
+# transposes and casts into the matrix products behind them.
+_VIEWS = frozenset(
+    {"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Transpose", "Cast", "Expand"}
+)
 
 
 def in_place(model: Any, state: Mapping[str, str]) -> frozenset[str]:

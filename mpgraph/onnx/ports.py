@@ -68,7 +68,8 @@ _TO: Any = torch.ops.aten._to_copy.default
 
 
 def _last_place(graph: fx.Graph) -> fx.Node:
-    return [*graph.find_nodes(op="placeholder")][-1]
+    places: list[fx.Node] = [*graph.find_nodes(op="placeholder")]
+    return places[-1]
 
 
 def _widened(graph: fx.Graph, node: Any) -> Any:

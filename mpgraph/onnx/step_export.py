@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mpgraph.errors import ExportError
-from mpgraph.onnx.forward_trace import evaluation, inference, trace_question
+from mpgraph.onnx.forward_trace import evaluation, model_results, trace_question
 from mpgraph.onnx.in_place import in_place
 from mpgraph.onnx.rounding import IR_VERSION, write_rounding
 from mpgraph.onnx.step_check import check_step
@@ -60,6 +60,7 @@ def export_step(
     verify: bool = True,
     dynamic: bool = True,
     seed: int = 0,
+    inference: bool = True,
 ) -> ExportedStep:
     """Write the folder of a step; see :meth:`mpgraph.TrainStep.export_onnx`."""
     _need_onnx()
@@ -69,10 +70,10 @@ def export_step(
     graphs = {files.TRAIN: graph}
     questions = {
         files.EVALUATE: evaluation(step, leaves, spec, dynamic),
-        files.INFER: inference(step, graph),
+        files.INFER: model_results(step, graph),
     }
     for name, question in questions.items():
-        if question is not None:
+        if inference and question is not None:
             graphs[name] = trace_question(step, question, goal, state)
     models = {name: translated(part, goal) for name, part in graphs.items()}
     values = _values(graphs.values(), seed)

@@ -90,7 +90,7 @@ def _translated(gm: fx.GraphModule, opset: int) -> Any:
     drop_copies(gm.graph)
     _keep_outputs_apart(gm.graph)
     program = _core._exported_program_to_onnx_program(as_program(gm), registry=registry(opset))
-    return _core.onnxscript_apis.convert_version(program.model, opset)
+    return vars(_core)["onnxscript_apis"].convert_version(program.model, opset)
 
 
 def as_program(gm: fx.GraphModule) -> ExportedProgram:
@@ -104,8 +104,8 @@ def as_program(gm: fx.GraphModule) -> ExportedProgram:
         [OutputSpec(OutputKind.USER_OUTPUT, argument, None) for argument in given],
     )
     constants = _lift(gm, signature)
-    specs = [pytree.tree_flatten(v)[1] for v in ((tuple(taken), {}), tuple(given))]
-    call = ModuleCallEntry("", ModuleCallSignature(taken, given, *specs))
+    in_spec, out_spec = (pytree.tree_flatten(v)[1] for v in ((tuple(taken), {}), tuple(given)))
+    call = ModuleCallEntry("", ModuleCallSignature(taken, given, in_spec, out_spec))
     return ExportedProgram(
         root=gm, graph=graph, graph_signature=signature, state_dict={}, range_constraints={},
         module_call_graph=[call], constants=constants,
@@ -193,9 +193,10 @@ def _tell_origins(model: Any) -> None:
 
 def clean(model: Any) -> None:
     """Make a model smaller by passes that change no value."""
-    import onnx_ir.passes.common as common
+    import onnx_ir.passes.common as passes
     from onnxscript.optimizer import fold_constants_ir
 
+    common: Any = passes
     common.InlinePass()(model)
     fold_constants_ir(model, output_size_limit=FOLDED)
     for clean_up in (
@@ -226,7 +227,8 @@ def _rename(
             value.name = name
             value.metadata_props.clear()
     if dims:
-        _ir_passes.rename_axis(model, dict(dims))
+        renamed: dict[Any, str] = {**dims}
+        _ir_passes.rename_axis(model, renamed)
     model.graph.metadata_props.clear()
 
 

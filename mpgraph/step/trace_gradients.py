@@ -264,7 +264,7 @@ def _fake_leaf(mode: FakeTensorMode, leaf: torch.Tensor, dynamic: frozenset[int]
         return mode.from_tensor(leaf, static_shapes=True)
     # DUCK: what has the same size in the example batch is the same symbol.
     kinds = [DimDynamic.DUCK if i in dynamic else DimDynamic.STATIC for i in range(leaf.dim())]
-    context = StatelessSymbolicContext(kinds, constraint_sizes=[None] * leaf.dim())
+    context: Any = StatelessSymbolicContext(kinds, constraint_sizes=[None] * leaf.dim())
     return mode.from_tensor(leaf, static_shapes=False, symbolic_context=context)
 
 

@@ -179,6 +179,7 @@ class TrainStep:
         opset: int | None = None,
         verify: bool = True,
         dynamic_batch: bool = True,
+        inference: bool = True,
         seed: int = 0,
     ) -> ExportedStep:
         """Write the whole step as ONNX files that onnxruntime trains from, without torch.
@@ -198,6 +199,7 @@ class TrainStep:
             verify: Whether to run one step in onnxruntime and in torch, and compare.
             dynamic_batch: Whether batches of any size are taken: the first dimension of every
                 tensor that has as many rows as the first one.
+            inference: Whether to write ``evaluate.onnx`` and ``infer.onnx`` too.
             seed: The seed of dropout.
 
         Raises:
@@ -219,7 +221,7 @@ class TrainStep:
             )
         return export_step(
             self, folder, *batch, target=target, opset=opset, verify=verify, dynamic=dynamic_batch,
-            seed=seed,
+            seed=seed, inference=inference,
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:

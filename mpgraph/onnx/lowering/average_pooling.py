@@ -56,16 +56,27 @@ def _average(rank: int) -> Function:
         ceil_mode: bool = False,
         count_include_pad: bool = True,
         divisor_override: int | None = None,
-    ) -> Tensor:
-        call = (kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
-        outputs = _AVERAGES[rank](torch.empty(x.shape[-rank - 1 :], device="meta"), *call).shape
+    ) -> Any:
+        if not ceil_mode and divisor_override is None:
+            return NotImplemented  # ONNX has it
         sizes = x.shape[-rank:]
-        axes = _axes(sizes, outputs[-rank:], kernel, stride, padding, count_include_pad)
+        given = [_per_axis(v, rank) for v in (kernel, stride or kernel, padding)]
+        outputs = [_outputs(*numbers, ceil_mode) for numbers in zip(sizes, *given, strict=True)]
+        axes = _axes(sizes, outputs, kernel, stride, padding, count_include_pad)
         if divisor_override is not None:
             return _sum_windows(x, axes, divided=False) / divisor_override
         return _sum_windows(x, axes)
 
     return avg_pool
+
+
+def _outputs(size: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:
+    """How many windows there are (aten/src/ATen/native/Pool.h, pooling_output_shape)."""
+    span = size + 2 * padding - kernel
+    count = (span + (stride - 1 if ceil_mode else 0)) // stride + 1
+    if ceil_mode and (count - 1) * stride >= size + padding:
+        count -= 1  # the last window would lie in the padding
+    return count
 
 
 def _average_backward(rank: int) -> Function:
@@ -100,7 +111,6 @@ def _adaptive_backward(rank: int) -> Function:
     return adaptive_backward
 
 
-_AVERAGES = {2: aten.avg_pool2d.default, 3: aten.avg_pool3d.default}
 _FORMULA = "one matrix product per axis with the constant matrix [o, i] = 1 / count in the window"
 _WINDOWS = "aten/src/ATen/native/cpu/AvgPoolKernel.cpp: window and divisor are products over axes"
 _ADAPTIVE = (

@@ -28,7 +28,8 @@ def convolution_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of input, weight and bias, those that ``output_mask`` asks for."""
     rank = weight.dim() - 2
-    steps = _Steps(*(_per_axis(v, rank) for v in (stride, padding, dilation)), groups)
+    axes = [_per_axis(values, rank) for values in (stride, padding, dilation)]
+    steps = _Steps(axes[0], axes[1], axes[2], groups)
     of_input = of_weight = of_bias = None
     if output_mask[0]:
         of_input = _input_gradient(grad, x, weight, steps, transposed)

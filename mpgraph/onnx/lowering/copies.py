@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mpgraph.errors import ExportError
+from mpgraph.onnx.lowering.constants import constant
 from mpgraph.onnx.lowering.row import Row
 
 aten = torch.ops.aten
@@ -34,10 +35,10 @@ def _as_strided(
             "as_strided reads memory, of which an ONNX graph knows nothing: it is only translated "
             "for contiguous tensors of fixed size. Use slices, unfold or reshape."
         )
-    places = torch.tensor(offset or 0)
+    places = [offset or 0]
     for n, step in zip(size, stride, strict=True):
-        places = places.unsqueeze(-1) + torch.arange(n) * step
-    return x.flatten()[places.flatten()].view(list(size))
+        places = [base + i * step for base in places for i in range(n)]
+    return x.flatten()[constant(places)].view(list(size))
 
 
 def _view(x: Tensor, size: Sequence[int]) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpgraph.onnx.lowering.constants import constant
 from mpgraph.onnx.lowering.row import Row
 from mpgraph.onnx.lowering.windows import adaptive_windows
 
@@ -30,23 +31,26 @@ def _backward(rank: int) -> Callable[..., Tensor]:
 
 def _adaptive(x: Tensor, output_size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The largest element of every window, and its place in the flattened space."""
-    places = _places(x.shape[-len(output_size) :], output_size).to(x.device)
+    places = constant(_places(x.shape[-len(output_size) :], output_size))
     flat = x.flatten(-len(output_size))
-    found = flat[..., places.flatten()].unflatten(-1, places.shape)
+    found = flat[..., places.flatten()].view(*flat.shape[:-1], *places.shape)
     value, inside = found.max(-1)
     return value, places.expand(found.shape).gather(-1, inside.unsqueeze(-1)).squeeze(-1)
 
 
-def _places(sizes: Sequence[int], outputs: Sequence[int]) -> Tensor:
+def _places(sizes: Sequence[int], outputs: Sequence[int]) -> Any:
     """``[*outputs, window]``: the places of each window in the flattened space, in its order."""
-    rank = len(sizes)
-    total: Any = 0
-    for axis, (size, output) in enumerate(zip(sizes, outputs, strict=True)):
-        table = torch.tensor(adaptive_windows(size, output).table())
-        shape = [1] * (2 * rank)
-        shape[axis], shape[rank + axis] = table.shape
-        total = total * size + table.view(shape)
-    return total.flatten(rank)  # type: ignore[no-any-return]
+    tables = [adaptive_windows(s, n).table() for s, n in zip(sizes, outputs, strict=True)]
+
+    def places(axis: int, base: list[int]) -> Any:
+        if axis == len(sizes):
+            return base
+        return [
+            places(axis + 1, [b * sizes[axis] + i for b in base for i in window])
+            for window in tables[axis]
+        ]
+
+    return places(0, [0])
 
 
 _SCATTER = "scatter-add of the gradients to the places of the largest elements"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import Tensor
+
+from mpgraph.onnx.lowering.constants import constant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Windows:
         for start, end, count in zip(self.starts, self.ends, self.counts, strict=True):
             weight = 1 / count if divided else 1.0
             rows.append([weight if start <= i < end else 0.0 for i in range(self.size)])
-        return torch.tensor(rows, dtype=like.dtype, device=like.device)
+        return constant(rows, like.dtype)
 
     def table(self) -> list[list[int]]:
         """``[output, longest window]``: the inputs of each window, its last one repeated."""
