@@ -24,7 +24,7 @@ from mpgraph.onnx.step_files import (
 )
 from mpgraph.onnx.step_trace import StepGraph, trace_step
 from mpgraph.onnx.targets import Target, target_of
-from mpgraph.onnx.translate import translate
+from mpgraph.onnx.from_graph import translate
 from mpgraph.passes.counter_dropout import SEED
 from mpgraph.runtime import manifest as files
 from mpgraph.structure import Spec

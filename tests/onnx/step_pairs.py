@@ -1,4 +1,4 @@
-"""A step in torch and the same step, exported, in onnxruntime: from the same state, side by side."""
+"""A step in torch and the same step, exported, in onnxruntime: side by side, from one state."""
 
 from __future__ import annotations
 
