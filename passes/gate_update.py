@@ -29,11 +29,16 @@ def gate_update(graph: fx.Graph, context: StepContext) -> int:
         return 0
     mode = writes[0].meta["val"].fake_mode
     count = slot_node(graph, BATCHES, mode.from_tensor(torch.tensor(0)))
-    last, following = append(graph, _counting(context.batches), [count], "sum", writes[0])
+    first = next(node for node in graph.nodes if node.op == "call_function")
+    last, following = append(graph, _counting(context.batches), [count], "sum", first)
     for write in writes:
         place, value = write.all_input_nodes
-        between = _total(place) if place.meta["slot"].kind == "sum" else place
-        (chosen,) = append(graph, _choose, [last, value, between], "update", write)
+        if place.meta["slot"].kind == "sum":
+            # At once: clipping writes to the total itself.
+            total = _total(place)
+            (chosen,) = append(graph, _keep_unless, [last, total], "sum", total.next)
+        else:
+            (chosen,) = append(graph, _choose, [last, value, place], "update", write)
         write.args = (place, chosen)
     with graph.inserting_before(graph.output_node()):
         write = graph.call_function(aten.copy_.default, (count, following))
@@ -64,6 +69,10 @@ def _counting(batches: int) -> Callable[[Tensor], list[Tensor]]:
 
 def _choose(last: Tensor, value: Tensor, between: Tensor) -> list[Tensor]:
     return [torch.where(last, value, between)]
+
+
+def _keep_unless(last: Tensor, total: Tensor) -> list[Tensor]:
+    return [torch.where(last, 0.0, total)]
 
 
 def _gate_flag(graph: fx.Graph, last: fx.Node) -> None:

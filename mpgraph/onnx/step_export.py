@@ -11,6 +11,7 @@ import torch
 
 from mpgraph.errors import ExportError
 from mpgraph.onnx.forward_trace import evaluation, model_results, trace_question
+from mpgraph.onnx.from_graph import translate
 from mpgraph.onnx.in_place import in_place
 from mpgraph.onnx.rounding import IR_VERSION, write_rounding
 from mpgraph.onnx.step_check import check_step
@@ -24,7 +25,6 @@ from mpgraph.onnx.step_files import (
 )
 from mpgraph.onnx.step_trace import StepGraph, trace_step
 from mpgraph.onnx.targets import Target, target_of
-from mpgraph.onnx.from_graph import translate
 from mpgraph.passes.counter_dropout import SEED
 from mpgraph.runtime import manifest as files
 from mpgraph.structure import Spec

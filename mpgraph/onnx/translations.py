@@ -34,7 +34,13 @@ def translations(opset: int, known: Callable[[Any], Translation]) -> Mapping[Any
         y = op.CastLike(y, x)
         return op.Div(x, y) if rounding_mode == "trunc" else floor_divide(x, y)
 
+    def prod(x: Any, dims: Any = None, output_dtype: Any = None) -> Any:
+        axes = op.Constant(value_ints=[int(d) for d in dims]) if dims is not None else None
+        return op.ReduceProd(x, axes, keepdims=0)
+
+    prims = torch.ops.prims
     return {
+        prims.prod.default: prod,
         aten.sym_numel.default: sym_numel,
         aten.div.Tensor_mode: divide,
         aten.div.Scalar_mode: divide,

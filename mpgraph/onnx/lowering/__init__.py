@@ -12,13 +12,33 @@ from typing import Any
 
 import torch
 
-from mpgraph.onnx.lowering import average_pooling, convolution, copies, max_pooling, training
+from mpgraph.onnx.lowering import (
+    arithmetic,
+    average_pooling,
+    bags,
+    convolution,
+    copies,
+    max_pooling,
+    ordering,
+    padding,
+    products,
+    sampling,
+    scattering,
+    training,
+)
 from mpgraph.onnx.lowering.row import Row
 
 ROWS: tuple[Row, ...] = (
     *convolution.ROWS,
     *average_pooling.ROWS,
     *max_pooling.ROWS,
+    *padding.ROWS,
+    *products.ROWS,
+    *bags.ROWS,
+    *scattering.ROWS,
+    *sampling.ROWS,
+    *ordering.ROWS,
+    *arithmetic.ROWS,
     *training.ROWS,
     *copies.ROWS,
 )
