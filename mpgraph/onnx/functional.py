@@ -14,6 +14,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from mpgraph import ir
+from mpgraph.errors import ExportError
 from mpgraph.infer import fake_mode_of
 from mpgraph.step.joint import fresh
 
@@ -48,8 +50,26 @@ def functional(gm: fx.GraphModule) -> Functional:
         wrapped: Callable[..., Any] = functionalize(run, remove="mutations")
         return wrapped
 
-    traced = retrace(gm, wrap=wrap)
-    return _with_results(traced)
+    _refuse(gm.graph)
+    return _with_results(retrace(gm, wrap=wrap))
+
+
+# Operators that torch itself takes apart while a graph is traced, to something else.
+_WRONG = {
+    aten.multilabel_margin_loss_forward.default: (
+        "torch's decomposition counts classes behind the -1 that ends a row"
+    ),
+}
+
+
+def _refuse(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.target in _WRONG:
+            line = ir.source_line(node)
+            raise ExportError(
+                f"%{node.name} ({node.target}) cannot be exported: {_WRONG[node.target]}. Compute "
+                "it in other operators." + (f"\n  from: {line}" if line else "")
+            )
 
 
 def retrace(

@@ -12,7 +12,6 @@ import onnx_ir
 import onnxruntime
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -50,7 +49,7 @@ class Run:
     Attributes:
         found: By onnxruntime.
         graph: By the graph that was exported, run by torch.
-        eager: By torch.
+        eager: By torch; empty where torch has no kernel for this dtype.
     """
 
     found: list[Tensor]
@@ -62,16 +61,22 @@ def run(function: Callable[..., Any], specs: Sequence[Any], dtype: torch.dtype) 
     """Run one call in all three ways."""
     torch.manual_seed(0)
     inputs = [make(spec, dtype) for spec in specs]
-    with torch.nn.attention.sdpa_kernel(_MATH), torch.no_grad():
-        results = [r for r in _leaves(function(*inputs)) if r.is_floating_point()]
-    inputs += [torch.randn_like(r) for r in results]
+    inputs += [torch.randn(r.shape).to(r.dtype) for r in _results(function, inputs)]
     joint = _joint(function, len(specs))
-    eager = joint(*inputs)
+    eager = joint(*inputs) if dtype is torch.float32 else []
     gm = _traced(joint, inputs)
     found = _by_onnxruntime(gm, inputs)
     with torch.no_grad():
         graph = gm(*[_wide(value) for value in inputs])
     return Run(found, [_wide(v) for v in graph], [_wide(v.detach()) for v in eager])
+
+
+def _results(function: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Fake values like what the call returns."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.nn.attention.sdpa_kernel(_MATH), torch.no_grad():
+        returned = function(*map(mode.from_tensor, inputs))
+    return [r for r in _leaves(returned) if r.is_floating_point()]
 
 
 def _joint(function: Callable[..., Any], count: int) -> Callable[..., list[Tensor]]:
@@ -102,7 +107,7 @@ def _traced(joint: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphModu
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         fakes = [mode.from_tensor(value) for value in inputs]
-    with mode, enable_python_dispatcher():
+    with mode:
         gm = make_fx(joint, _allow_non_fake_inputs=True)(*fakes)
     for node in gm.graph.nodes:
         node.meta["part"] = "forward"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,10 +41,18 @@ def _running(x: Tensor, dim: int, sign: int) -> tuple[Tensor, Tensor]:
     return (values * sign).transpose(dim, -1), last.transpose(dim, -1)
 
 
+def _largest(x: Tensor, dim: int, keepdim: bool = False) -> Any:
+    if x.dtype is not torch.bool:
+        return NotImplemented
+    values, places = x.to(torch.int64).max(dim, keepdim)
+    return values.to(torch.bool), places
+
+
 _TOP = "the last of the k smallest"
 _SORT = "aten/src/ATen/native/Sorting.cpp; of several equal values, any one may be meant"
 
 ROWS = (
+    Row((aten.max.dim,), _largest, "of integers, for truth values", "ONNX has no ArgMax of bool"),
     Row((aten.kthvalue.default,), _kthvalue, _TOP, _SORT),
     Row((aten.median.dim,), _median, _TOP + ", k = (n + 1) // 2", _SORT),
     Row((aten.median.default,), _median_of_all, _TOP + ", k = (n + 1) // 2", _SORT),
