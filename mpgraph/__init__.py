@@ -63,7 +63,16 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'mpgraph' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"mpgraph.{_HOMES[name]}"), name)
+    try:
+        value = getattr(importlib.import_module(f"mpgraph.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ModuleNotFoundError(
+            f"mpgraph.{name} needs torch, which is not installed: pip install 'mpgraph[torch]'. "
+            "mpgraph.runtime works without it.",
+            name="torch",
+        ) from error
     globals()[name] = value
     return value
 

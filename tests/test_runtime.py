@@ -273,7 +273,7 @@ import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("torch", "onnx", "onnxscript"):
-            raise ImportError(name + " is not there")
+            raise ModuleNotFoundError(name + " is not there", name=name)
 
 sys.meta_path.insert(0, Refuse())
 from mpgraph.runtime import OnnxTrainer
@@ -286,6 +286,11 @@ trainer.save(sys.argv[2])
 trainer.load(sys.argv[2])
 print(trainer.predict(features=x)["output"].shape, len(history))
 assert not {"torch", "onnx"} & set(sys.modules)
+import mpgraph
+try:
+    mpgraph.convert
+except ImportError as error:
+    print(error)
 """
 
 
@@ -297,3 +302,4 @@ def test_training_needs_no_torch(exported: Any, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "(8, 3) 3" in done.stdout
+    assert "pip install 'mpgraph[torch]'" in done.stdout

@@ -8,6 +8,6 @@
 from __future__ import annotations
 
 from mpgraph.runtime.errors import BatchError, FolderError, RuntimeSupportError
-from mpgraph.runtime.trainer import OnnxTrainer
+from mpgraph.runtime.trainer import OnnxTrainer, batches_of
 
-__all__ = ["BatchError", "FolderError", "OnnxTrainer", "RuntimeSupportError"]
+__all__ = ["BatchError", "FolderError", "OnnxTrainer", "RuntimeSupportError", "batches_of"]
