@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mpgraph.onnx.functional import functional
+from mpgraph.onnx.functional import functional, in_plain_operators
 from mpgraph.onnx.ports import batch_names, output_names, ports_of, result_names, widen_ports
 from mpgraph.onnx.step_trace import StepGraph, batch_dims, symbol_of
 from mpgraph.onnx.targets import Target, TargetContext
@@ -90,7 +90,7 @@ def trace_question(
         CaptureError: It cannot be traced.
         ExportError: It cannot be exported; says why.
     """
-    with evaluating(step.model), torch.nn.attention.sdpa_kernel(_MATH):
+    with evaluating(step.model), in_plain_operators():
         traced = trace_results(
             step.model, question.function, question.leaves, question.spec, question.dynamic
         )
@@ -106,9 +106,6 @@ def trace_question(
     run_passes(made.graph_module, (legalize, remove_dead), context)
     names = question.results(traced.result)
     return StepGraph(made.graph_module, ports, names, symbol_of(traced), traced.calls)
-
-
-_MATH = torch.nn.attention.SDPBackend.MATH
 
 
 @contextlib.contextmanager

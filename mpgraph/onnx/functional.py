@@ -110,10 +110,18 @@ def tracing(values: Sequence[Any]) -> Iterator[None]:
         torch.no_grad(),
         enable_python_dispatcher(),
         fx_traceback.preserve_node_meta(),
-        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        in_plain_operators(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def in_plain_operators() -> Iterator[None]:
+    """No fused attention and no fused recurrent layers: they and their gradients are opaque."""
+    math = torch.nn.attention.SDPBackend.MATH
+    with torch.nn.attention.sdpa_kernel(math), torch.backends.mkldnn.flags(enabled=False):
         yield
 
 

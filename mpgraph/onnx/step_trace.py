@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from mpgraph.errors import ExportError
 from mpgraph.onnx.first_state import with_state
-from mpgraph.onnx.functional import functional
+from mpgraph.onnx.functional import functional, in_plain_operators
 from mpgraph.onnx.ports import (
     Port,
     batch_names,
@@ -115,8 +115,7 @@ def trace_step(
 def _gradients(step: TrainStep, leaves: Sequence[Any], spec: Spec, dynamic: bool) -> Gradients:
     parameters = [p for group in step.optimizer.param_groups for p in group["params"]]
     trained = {step._names[id(p)]: p for p in parameters if p.requires_grad}
-    # What fused attention kernels compute has no translation, and no backward one.
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with in_plain_operators():
         return trace_gradients(
             step.model, step.loss_fn, trained, leaves, spec, step.accumulation_steps,
             batch_dims(leaves) if dynamic else (),

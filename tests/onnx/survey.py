@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from mpgraph.onnx.from_graph import translate
-from mpgraph.onnx.functional import functional
+from mpgraph.onnx.functional import functional, in_plain_operators
 from mpgraph.onnx.ports import widen_ports
 from mpgraph.onnx.targets import TargetContext, target_of
 from mpgraph.passes.legalize import legalize
@@ -25,8 +25,6 @@ from mpgraph.pipeline import run_passes
 from mpgraph.policy import Policy
 
 from .survey_cases import Bools, Ints, Positive
-
-_MATH = torch.nn.attention.SDPBackend.MATH
 
 
 def make(spec: Any, dtype: torch.dtype) -> Tensor:
@@ -74,7 +72,7 @@ def run(function: Callable[..., Any], specs: Sequence[Any], dtype: torch.dtype) 
 def _results(function: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Fake values like what the call returns."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, torch.nn.attention.sdpa_kernel(_MATH), torch.no_grad():
+    with mode, in_plain_operators(), torch.no_grad():
         returned = function(*map(mode.from_tensor, inputs))
     return [r for r in _leaves(returned) if r.is_floating_point()]
 
@@ -85,7 +83,7 @@ def _joint(function: Callable[..., Any], count: int) -> Callable[..., list[Tenso
         for i, value in enumerate(inputs):
             if value.is_floating_point():
                 inputs[i] = value.detach().requires_grad_()
-        with torch.enable_grad(), torch.nn.attention.sdpa_kernel(_MATH):
+        with torch.enable_grad(), in_plain_operators():
             results = [r for r in _leaves(function(*inputs)) if r.is_floating_point()]
             by = [value for value in inputs if value.is_floating_point()]
             pairs = [p for p in zip(results, weights, strict=True) if p[0].requires_grad]

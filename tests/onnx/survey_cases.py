@@ -278,7 +278,6 @@ ROWS: tuple[Row, ...] = (
     row("margin_ranking", lambda x, y: F.margin_ranking_loss(x, y, torch.ones(5), 0.3), ((5,), (5,))),
     row("triplet", F.triplet_margin_loss, ((4, 5), (4, 5), (4, 5))),
     row("cosine_similarity", F.cosine_similarity, ((4, 5), (4, 5))),
-    row("multi_margin", lambda x, y: F.multi_margin_loss(x, y), ((3, 5), Ints((3,), 5))),
     # Sizes
     row("interpolate nearest", lambda x: F.interpolate(x, scale_factor=2), _IMAGE, quick=True),
     row("interpolate nearest down", lambda x: F.interpolate(x, size=(5, 3)), _IMAGE),

@@ -39,7 +39,15 @@ def _cumprod(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
     return found.transpose(dim, -1) if x.dim() else found.view([])
 
 
+def _shrink_backward(grad: Tensor, x: Tensor, bound: float) -> Tensor:
+    return torch.where((x >= -bound) & (x <= bound), 0.0, grad)
+
+
 ROWS = (
+    Row(
+        (aten.softshrink_backward.default, aten.hardshrink_backward.default), _shrink_backward,
+        "g, and 0 where |x| <= bound", "aten/src/ATen/native/cpu/Activation.cpp",
+    ),
     Row(
         (aten.hypot.default,), _hypot, "max * sqrt(1 + (min / max)**2)",
         "scaled, so that a square does not overflow",
