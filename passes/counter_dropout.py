@@ -44,11 +44,16 @@ def counter_dropout(graph: fx.Graph, context: StepContext) -> int:
     seed, step = (slot_node(graph, s, mode.from_tensor(torch.tensor(0))) for s in (SEED, STEP))
     for stream, node in enumerate(drawing):
         _replace(graph, node, stream, [seed, step])
-    (following,) = append(graph, lambda value: [value + 1], [step], "update")
-    with graph.inserting_before(graph.output_node()):
-        write = graph.call_function(aten.copy_.default, (step, following))
-    write.meta = {"val": step.meta["val"], "part": "write"}
-    return len(drawing) + 1
+    for place, following in zip((seed, step), append(graph, _next, [seed, step], "update")):  # noqa: B905
+        with graph.inserting_before(graph.output_node()):
+            write = graph.call_function(aten.copy_.default, (place, following))
+        write.meta = {"val": place.meta["val"], "part": "write"}
+    return len(drawing) + 2
+
+
+def _next(seed: Tensor, step: Tensor) -> list[Tensor]:
+    # The seed is written as it is, which makes it state: it is saved, and goes on with the rest.
+    return [seed + 0, step + 1]
 
 
 def _is_tensor(node: fx.Node) -> bool:

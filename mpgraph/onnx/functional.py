@@ -120,9 +120,14 @@ def tracing(values: Sequence[Any]) -> Iterator[None]:
 @contextlib.contextmanager
 def in_plain_operators() -> Iterator[None]:
     """No fused attention and no fused recurrent layers: they and their gradients are opaque."""
-    math = torch.nn.attention.SDPBackend.MATH
-    with torch.nn.attention.sdpa_kernel(math), torch.backends.mkldnn.flags(enabled=False):
-        yield
+    core: Any = torch._C
+    before = core._get_mkldnn_enabled()
+    core._set_mkldnn_enabled(False)
+    try:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            yield
+    finally:
+        core._set_mkldnn_enabled(before)
 
 
 def _pack(graph: fx.Graph) -> None:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from mpgraph.onnx.functional import in_plain_operators
+
 from .step_models import CASES
 from .step_pairs import InTorch, Pair, errors, in_torch_state
 
@@ -24,10 +26,11 @@ def _cases(names: list[str]) -> list[object]:
 def test_fp32_steps_equal_those_of_torch(name: str, tmp_path: Path) -> None:
     """From the same state: loss, parameters, momenta (which are gradients), statistics."""
     pair = Pair(CASES[name], "fp32", tmp_path)
-    for size in (4, 7, 1):  # another size of the batch than it was exported with
+    for size in pair.sizes(4, 7, 1):  # others than it was exported with
         batch = CASES[name].batch(size)
         pair.trainer._buffers.put({k: v.numpy() for k, v in in_torch_state(pair).items()})
-        loss = pair.step(*batch)
+        with in_plain_operators():
+            loss = pair.step(*batch)
         result = pair.trainer.step(**pair.named(batch))
         assert result["loss"] == pytest.approx(float(loss), rel=1e-5)
         found = errors(pair.trainer.state_dict(), in_torch_state(pair), CASES[name].zero)
@@ -44,7 +47,7 @@ def test_16_bit_steps_equal_their_graph_in_torch(name: str, precision: str, tmp_
     """The graph that was exported, run by torch, dropout included."""
     pair = Pair(CASES[name], precision, tmp_path)
     torch_step = InTorch(pair)
-    for size in (4, 3):
+    for size in pair.sizes(4, 3):
         batch = CASES[name].batch(size)
         results, state = torch_step.step(batch)
         result = pair.trainer.step(**pair.named(batch))
