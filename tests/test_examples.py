@@ -44,6 +44,15 @@ def test_the_whole_step_learns_and_is_shown_as_it_is(capsys):
     assert printed.rpartition("loss ")[0].split() == shown.rpartition("loss ")[0].split()
 
 
+@pytest.mark.slow
+def test_digits_are_learnt_without_torch_as_well_as_with_it(capfd):
+    pytest.importorskip("sklearn")
+    runpy.run_path(str(EXAMPLES / "finetune_digits.py"), run_name="__main__")
+    found = dict(re.findall(r"(torch|onnxruntime): accuracy (\S+)", capfd.readouterr().out))
+    assert float(found["torch"]) > 0.97
+    assert float(found["onnxruntime"]) > float(found["torch"]) - 0.015  # five digits
+
+
 def test_readme_shows_the_ten_line_example_as_it_is():
     _, _, code = (EXAMPLES / "train_ten_lines.py").read_text().partition('"""\n\n')
     assert code in blocks(ROOT / "README.md", "python")

@@ -15,7 +15,7 @@ from typing import Any
 
 from mpgraph.errors import MPGraphError
 
-COMMANDS = ("inspect", "export")
+COMMANDS = ("inspect", "export", "finetune", "verify")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -48,6 +48,30 @@ def check_step(
     return worst
 
 
+def reference(
+    graph: StepGraph, values: Mapping[str, torch.Tensor], leaves: Sequence[Any], steps: int = 3
+) -> dict[str, torch.Tensor]:
+    """What torch makes of some steps with one batch, to compare with on a device.
+
+    Returns:
+        ``batch.<name>``; ``loss``, one number per step; and ``norm.<name>`` of each tensor of the
+        state afterwards.
+    """
+    given = [_given(port, values, leaves) for port in _with_index(graph)]
+    places = [i for i, port in enumerate(graph.ports) if port.role == "state"]
+    losses = []
+    with torch.no_grad():
+        for _ in range(steps):
+            returned = graph.graph_module(*[value.clone() for value in given])
+            losses.append(returned[graph.results.index("loss")].reshape(()))
+            for place, value in zip(places, returned[len(graph.results) :], strict=True):
+                given[place] = value
+    pairs = list(zip(graph.ports, given, strict=True))
+    found = {f"batch.{port.name}": v for port, v in pairs if port.role == "batch"}
+    norms = {f"norm.{p.name}": v.double().norm() for p, v in pairs if p.role == "state"}
+    return {**found, **norms, "loss": torch.stack(losses).double()}
+
+
 def _noisy(graph: StepGraph) -> frozenset[str]:
     """Parameters of an optimizer that keeps state: Adam's kind divides noise by its own size.
 

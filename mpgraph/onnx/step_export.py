@@ -14,7 +14,7 @@ from mpgraph.onnx.forward_trace import evaluation, model_results, trace_question
 from mpgraph.onnx.from_graph import translate
 from mpgraph.onnx.in_place import in_place
 from mpgraph.onnx.rounding import IR_VERSION, write_rounding
-from mpgraph.onnx.step_check import check_step
+from mpgraph.onnx.step_check import check_step, reference
 from mpgraph.onnx.step_files import (
     dtype_name,
     next_name,
@@ -81,6 +81,9 @@ def export_step(
     path.mkdir(parents=True, exist_ok=True)
     written = _write(path, models, graphs, values, goal)
     manifest = _manifest(step, graphs, models[files.TRAIN], goal, values)
+    if verify:
+        write_tensors(path / files.REFERENCE, reference(graph, values, leaves))
+        written.append(files.REFERENCE)
     sums = {name: files.checksum(path / name) for name in written}
     manifest = dataclasses.replace(manifest, files=sums)
     manifest.write(path)

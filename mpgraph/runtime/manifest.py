@@ -15,7 +15,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 TRAIN, EVALUATE, INFER = "train_step.onnx", "evaluate.onnx", "infer.onnx"
 STATE, FROZEN = "state.safetensors", "frozen.safetensors"
-ROUNDING = "rounding.onnx"
+ROUNDING, REFERENCE = "rounding.onnx", "reference.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
