@@ -101,7 +101,8 @@ def _put(graph: fx.Graph, node: fx.Node, made: list[fx.Node]) -> None:
 
 
 def _bernoulli(draw: Draw, x: Tensor, p: Any = 0.5, **_: Any) -> Tensor:
-    return (draw(x.shape) < p).to(x.dtype)
+    found: Tensor = (draw(x.shape) < p).to(x.dtype)
+    return found
 
 
 def _native_dropout(draw: Draw, x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:

@@ -95,9 +95,10 @@ def _shadow(optimizer: Optimizer, stand_ins: Mapping[Any, Any], state: Any) -> A
     vars(shadow).update(vars(optimizer))
     shadow.state, shadow.param_groups = state, []
     for group in optimizer.param_groups:
-        flags = {k: False for k in ("foreach", "fused", "capturable") if k in group}
-        taken = [stand_ins[p] for p in group["params"] if p in stand_ins]
-        shadow.param_groups.append({**group, **flags, "params": taken})
+        new: dict[str, Any] = dict(group)
+        new.update((k, False) for k in ("foreach", "fused", "capturable") if k in group)
+        new["params"] = [stand_ins[p] for p in group["params"] if p in stand_ins]
+        shadow.param_groups.append(new)
     return shadow
 
 

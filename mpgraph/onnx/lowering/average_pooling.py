@@ -61,7 +61,8 @@ def _average(rank: int) -> Function:
             return NotImplemented  # ONNX has it
         sizes = x.shape[-rank:]
         given = [_per_axis(v, rank) for v in (kernel, stride or kernel, padding)]
-        outputs = [_outputs(*numbers, ceil_mode) for numbers in zip(sizes, *given, strict=True)]
+        numbers = zip(sizes, given[0], given[1], given[2], strict=True)
+        outputs = [_outputs(n, k, s, p, ceil_mode) for n, k, s, p in numbers]
         axes = _axes(sizes, outputs, kernel, stride, padding, count_include_pad)
         if divisor_override is not None:
             return _sum_windows(x, axes, divided=False) / divisor_override
