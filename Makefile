@@ -26,7 +26,7 @@ $(VENV)/.mpgraph-dev: pyproject.toml constraints.txt Makefile
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "mpgraph needs Python 3.10 or newer: make PYTHON=python3.12, after make clean"; exit 1; }
-	$(PIP_INSTALL) -q -e '.[dev,demo,onnx]'
+	$(PIP_INSTALL) -q -e '.[torch,dev,demo,onnx]'
 	@touch $@
 
 $(VENV)/.mpgraph-zoo: $(VENV)/.mpgraph-dev

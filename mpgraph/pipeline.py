@@ -192,9 +192,12 @@ def cast_bytes(node: fx.Node) -> int:
 
 def element_count(value: torch.Tensor) -> int:
     """The number of elements, at the sizes of the captured call."""
-    return math.prod(size if isinstance(size, int) else _hint(size) for size in value.shape)
+    return math.prod(map(size_hint, value.shape))
 
 
-def _hint(size: Any) -> int:
+def size_hint(size: Any) -> int:
+    """A size as it was at capture; asking so ties no symbolic size to it."""
+    if isinstance(size, int):
+        return size
     hint = getattr(size.node, "hint", None)
     return int(hint) if hint is not None else 1

@@ -44,6 +44,15 @@ def test_the_whole_step_learns_and_is_shown_as_it_is(capsys):
     assert printed.rpartition("loss ")[0].split() == shown.rpartition("loss ")[0].split()
 
 
+@pytest.mark.slow
+def test_digits_are_learnt_without_torch_as_well_as_with_it(capfd):
+    pytest.importorskip("sklearn")
+    runpy.run_path(str(EXAMPLES / "finetune_digits.py"), run_name="__main__")
+    found = dict(re.findall(r"(torch|onnxruntime): accuracy (\S+)", capfd.readouterr().out))
+    assert float(found["torch"]) > 0.97
+    assert float(found["onnxruntime"]) > float(found["torch"]) - 0.015  # five digits
+
+
 def test_readme_shows_the_ten_line_example_as_it_is():
     _, _, code = (EXAMPLES / "train_ten_lines.py").read_text().partition('"""\n\n')
     assert code in blocks(ROOT / "README.md", "python")
@@ -73,6 +82,20 @@ def test_compile_example_learns_in_one_graph(capsys):
 def test_compile_page_shows_its_example_as_it_is():
     _, _, code = (EXAMPLES / "compile.py").read_text().partition('"""\n\n')
     assert code in blocks(ROOT / "docs" / "compile.md", "python")
+
+
+def test_export_example_runs_without_torch_and_is_shown_as_it_is(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / "export_onnx.py"))
+    printed = capsys.readouterr().out
+    assert float(printed.rpartition("\n")[0].rpartition("\n")[2].partition("%")[0]) > 70
+    assert "of the exported graph in torch" in printed
+    document = ROOT / "docs" / "onnx.md"
+    _, _, code = (EXAMPLES / "export_onnx.py").read_text().partition('"""\n\n')
+    assert code in blocks(document, "python")
+    shown = blocks(document, "text")[0]
+    assert printed.splitlines()[:5] == shown.splitlines()[:5]
 
 
 def test_overflow_example_finds_pins_and_trains(capsys, tmp_path, monkeypatch):

@@ -20,9 +20,10 @@ from mpgraph.capture.region import TRACEABLE, bordered, untraced
 from mpgraph.errors import CaptureError
 from mpgraph.gather import home_of
 from mpgraph.module import Specialisation, State, tracing_step
+from mpgraph.pipeline import size_hint
 from mpgraph.places import is_users
 from mpgraph.step.loss import needs_a_value
-from mpgraph.structure import count_leaves, flatten, unflatten
+from mpgraph.structure import Spec, count_leaves, flatten, unflatten
 
 # What a node of the step inherits from the node of a rewritten graph that it comes from.
 _INHERITED = ("module_path", "stack_trace", "decision", "nn_module_stack", "inserted")
@@ -38,12 +39,19 @@ class Assigned:
 
 
 class Inside:
-    """Runs converted models for a trace, and notes which node of the step comes from where."""
+    """Runs converted models for a trace, and notes which node of the step comes from where.
+
+    Attributes:
+        states: The states of the models that were called.
+        assigned: What their forward assigns to their modules.
+        calls: For each call, the model and its arguments, taken apart.
+    """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self.states: list[State] = []
         self.assigned: list[Assigned] = []
+        self.calls: list[tuple[nn.Module, list[Any], Spec]] = []
         self._made: dict[Any, dict[str, Any]] = {}
         self._last = _last_node(graph)
         self._in_model = False
@@ -59,6 +67,7 @@ class Inside:
     ) -> Any:
         """One call of a converted model, in operators that autograd and the trace can see."""
         leaves, spec = flatten(state.bind(model, args, kwargs))
+        self.calls.append((model, leaves, spec))
         with untraced(), torch._C.DisableTorchFunction():
             entry = state.find(model, [_stand_in(leaf) for leaf in leaves], spec)
         if not isinstance(entry, Specialisation):
@@ -233,7 +242,7 @@ def _stand_in(leaf: Any) -> Any:
     """A real tensor of the same kind: capture looks at kinds, not at values."""
     if not isinstance(leaf, torch.Tensor):
         return leaf
-    shape, stride = [int(n) for n in leaf.shape], [int(n) for n in leaf.stride()]
+    shape, stride = [size_hint(n) for n in leaf.shape], [size_hint(n) for n in leaf.stride()]
     made = torch.empty_strided(shape, stride, dtype=leaf.dtype, device=leaf.device).zero_()
     if leaf.requires_grad:
         made.requires_grad_()

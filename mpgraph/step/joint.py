@@ -25,6 +25,7 @@ class StepContext(PassContext):
         check_finite: Whether a step with non-finite gradients is skipped.
         sums: Where several batches make one step: for each gradient, the slot of its sum.
         is_last: Whether this batch completes the step.
+        batches: In an exported step, which counts them itself: how many batches make one step.
         scales: For each loss scale: how it moves by its three tensors and the flag, and their
             slots.
         equal: Names of tensors without dimensions that hold equal numbers.
@@ -36,6 +37,7 @@ class StepContext(PassContext):
     check_finite: bool = False
     sums: dict[str, StepSlot] = dataclasses.field(default_factory=dict)
     is_last: bool = True
+    batches: int = 1
     scales: tuple[tuple[Callable[..., Any], tuple[StepSlot, ...]], ...] = ()
     equal: tuple[frozenset[str], ...] = ()
     loss_rows: int | None = None
@@ -82,6 +84,10 @@ def fresh(value: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
+def _fresh(value: Any) -> Any:
+    return fresh(value) if isinstance(value, torch.Tensor) else value
+
+
 def mark(graph: fx.Graph, part: str) -> None:
     """Every node that belongs to no part of the step yet belongs to this one."""
     for node in graph.nodes:
@@ -111,7 +117,7 @@ def append(
     with fake_mode_of(values), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced: Any = torch.func.functionalize(lambda *v: function(*v), remove="mutations")
-        gm = make_fx(traced, _allow_non_fake_inputs=True)(*map(fresh, values))
+        gm = make_fx(traced, _allow_non_fake_inputs=True)(*map(_fresh, values))
     return inline(graph, gm, inputs, part, before)
 
 
@@ -122,7 +128,7 @@ def inline(
     part: str,
     before: fx.Node | None = None,
 ) -> list[Any]:
-    """Copy another graph to the end of this one, on these inputs; what it returns."""
+    """Copy another graph into this one, at its end or before a node; what it returns."""
     copies = dict(zip(other.graph.find_nodes(op="placeholder"), inputs, strict=True))
     with graph.inserting_before(before or graph.output_node()):
         returned = graph.graph_copy(other.graph, copies)

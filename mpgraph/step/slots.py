@@ -19,6 +19,8 @@ StepSlotKind = Literal[
     "hyperparameter",
     "scale",
     "sum",
+    "random",
+    "count",
 ]
 Read = Callable[[], Any]
 
@@ -30,8 +32,9 @@ class StepSlot:
     Attributes:
         kind: A tensor of the batch; a parameter or buffer of the model; another tensor that the
             loss reads; in an update by itself, a gradient; a tensor of the optimizer's state; a
-            number in one of its parameter groups; a tensor of the loss scale; or the sum of
-            gradients so far, where one step takes several batches.
+            number in one of its parameter groups; a tensor of the loss scale; the sum of
+            gradients so far, where one step takes several batches; or, in an exported step, the
+            seed and the step of its random numbers, and the number of batches so far.
         name: For people: ``layer.weight``, ``exp_avg of layer.weight``, ``lr of group 0``.
         read: Gives the value that it has now; for an input, None.
         index: For an input: its position among the tensors of the batch.

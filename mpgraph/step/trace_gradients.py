@@ -12,7 +12,12 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 
 from mpgraph.capture.breaks import line_of_error
 from mpgraph.capture.detect import NeedsDynamo, watch_step
@@ -40,6 +45,7 @@ class Gradients:
         result: How the leaves of the result are put together.
         assigned: What the model's forward assigns to its modules.
         states: The converted models that took part.
+        calls: For each call of a converted model, the model and its arguments, taken apart.
         mode: The fake mode of every value in the graph.
     """
 
@@ -47,6 +53,7 @@ class Gradients:
     result: Spec
     assigned: list[Assigned]
     states: list[State]
+    calls: list[tuple[nn.Module, list[Any], Spec]]
     mode: FakeTensorMode
 
 
@@ -58,6 +65,7 @@ def trace_gradients(
     spec: Spec,
     divisor: int = 1,
     zeros: frozenset[str] = frozenset(),
+    dynamic: Sequence[frozenset[int]] = (),
 ) -> Gradients:
     """Trace ``loss_fn(model, *args, **kwargs)`` and its gradients.
 
@@ -69,22 +77,53 @@ def trace_gradients(
         spec: How they become ``(args, kwargs)``.
         divisor: What the loss is divided by before it is differentiated.
         zeros: Parameters whose gradient is zero where there is none: an earlier batch had one.
+        dynamic: Per leaf, the dimensions whose size stays symbolic. Equal sizes share a symbol.
 
     Raises:
         CaptureError: The loss cannot be traced; says why, where, and what to do.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     trace = _Trace(model, loss_fn, parameters, spec, divisor, zeros)
-    reads = LossReads(loss_fn, model)
-    with _refusing(reads), writes_taken_back(), mode, torch.enable_grad(), _unheard():
-        fakes = [mode.from_tensor(leaf, static_shapes=True) for leaf in leaves]
+    with torch.enable_grad():
+        return _run_trace(trace, leaves, dynamic)
+
+
+def trace_results(
+    model: nn.Module,
+    function: Callable[..., Any],
+    leaves: Tensors,
+    spec: Spec,
+    dynamic: Sequence[frozenset[int]] = (),
+) -> Gradients:
+    """Trace ``function(model, *args, **kwargs)`` alone, without gradients.
+
+    Args:
+        model: A converted model, in the mode that is to be traced.
+        function: Takes the model and a batch.
+        leaves: The tensors of one batch.
+        spec: How they become ``(args, kwargs)``.
+        dynamic: As for :func:`trace_gradients`.
+
+    Raises:
+        CaptureError: It cannot be traced; says why, where, and what to do.
+    """
+    with torch.no_grad():
+        return _run_trace(_Trace(model, function, None, spec, 1, frozenset()), leaves, dynamic)
+
+
+def _run_trace(trace: _Trace, leaves: Tensors, dynamic: Sequence[frozenset[int]]) -> Gradients:
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    reads = LossReads(trace.loss_fn, trace.model)
+    with _refusing(reads), writes_taken_back(), mode, _unheard():
+        varying = dynamic or [frozenset[int]()] * len(leaves)
+        fakes = [_fake_leaf(mode, *pair) for pair in zip(leaves, varying, strict=True)]
         gm = _traced(trace, fakes)
     graph = gm.graph
     _name_results(graph, trace)
-    _lift(gm, Homes(model, *reads.modules()), trace, mode)
+    _lift(gm, Homes(trace.model, *reads.modules()), trace, mode)
     assert trace.result is not None
     assert trace.inside is not None
-    return Gradients(gm, trace.result, trace.inside.assigned, trace.inside.states, mode)
+    inside = trace.inside
+    return Gradients(gm, trace.result, inside.assigned, inside.states, inside.calls, mode)
 
 
 class _Trace:
@@ -94,13 +133,14 @@ class _Trace:
         self,
         model: nn.Module,
         loss_fn: LossFunction,
-        parameters: Mapping[str, torch.Tensor],
+        parameters: Mapping[str, torch.Tensor] | None,
         spec: Spec,
         divisor: int,
         zeros: frozenset[str],
     ) -> None:
         self.model, self.loss_fn, self.spec, self.divisor = model, loss_fn, spec, divisor
-        self.parameters, self.zeros = parameters, zeros
+        self.parameters, self.zeros = parameters or {}, zeros
+        self.differentiates = parameters is not None
         self.inside: Inside | None = None
         self.result: Spec | None = None
         self.count = 0
@@ -113,8 +153,18 @@ class _Trace:
         args, kwargs = unflatten(self.spec, leaves)
         with inside.active():
             value = self.loss_fn(self.model, *args, **kwargs)
-        loss = loss_of(value, self.loss_fn)
         self._refuse_opaque(value)
+        gradients = self._gradients(inside, value) if self.differentiates else []
+        outputs, self.result = flatten(value)
+        for assigned in inside.assigned:
+            outputs.extend(assigned.leaves)
+        self.count = len(outputs)
+        returned = [*(o.detach() for o in outputs), *gradients]
+        mark(inside.graph, "forward")
+        return returned
+
+    def _gradients(self, inside: Inside, value: Any) -> list[torch.Tensor]:
+        loss = loss_of(value, self.loss_fn)
         if self.divisor > 1:
             loss = loss / self.divisor
         mark(inside.graph, "forward")
@@ -128,13 +178,7 @@ class _Trace:
         inside.note({})
         mark(inside.graph, "backward")
         self.named = [n for n, g in zip(self.parameters, laid_out, strict=True) if g is not None]
-        outputs, self.result = flatten(value)
-        for assigned in inside.assigned:
-            outputs.extend(assigned.leaves)
-        self.count = len(outputs)
-        returned = [*(o.detach() for o in outputs), *(g for g in laid_out if g is not None)]
-        mark(inside.graph, "forward")
-        return returned
+        return [g for g in laid_out if g is not None]
 
     def _refuse_opaque(self, value: Any) -> None:
         for found in opaque_values(flatten(value)[1]):
@@ -241,6 +285,15 @@ def _lift(gm: fx.GraphModule, homes: Homes, trace: _Trace, mode: FakeTensorMode)
         graph.erase_node(node)
     _drop_attributes(gm)
     gm.recompile()
+
+
+def _fake_leaf(mode: FakeTensorMode, leaf: torch.Tensor, dynamic: frozenset[int]) -> torch.Tensor:
+    if not dynamic:
+        return mode.from_tensor(leaf, static_shapes=True)
+    # DUCK: what has the same size in the example batch is the same symbol.
+    kinds = [DimDynamic.DUCK if i in dynamic else DimDynamic.STATIC for i in range(leaf.dim())]
+    context: Any = StatelessSymbolicContext(kinds, constraint_sizes=[None] * leaf.dim())
+    return mode.from_tensor(leaf, static_shapes=False, symbolic_context=context)
 
 
 def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:

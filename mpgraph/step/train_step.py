@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -47,6 +47,9 @@ from mpgraph.step.trace_update import (
     trace_update,
 )
 from mpgraph.structure import Spec, count_leaves, flatten, unflatten
+
+if TYPE_CHECKING:
+    from mpgraph.onnx.step_export import ExportedStep
 
 
 class TrainStep:
@@ -152,6 +155,7 @@ class TrainStep:
         self._launches: dict[Any, tuple[Any, list[PassReport], Launch]] = {}
         self._counters: tuple[Any, tuple[frozenset[str], ...]] | None = None
         self._updated: frozenset[str] = frozenset()  # by the last step
+        self._last_batch: tuple[list[Any], Spec] | None = None
         self._is_fused = self._backend.fused and has_fused_kernel(self.optimizer)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -180,7 +184,7 @@ class TrainStep:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take one step, or add one batch to it; what the loss function returned, detached."""
-        leaves, spec = flatten((args, kwargs))
+        leaves, spec = self._last_batch = flatten((args, kwargs))
         refuse_inference_mode()
         if torch.is_autocast_enabled(self._state.settings.device):
             self._state.say(
@@ -225,6 +229,60 @@ class TrainStep:
         if update is not None and update.is_fused:
             graphs.append((update.graph_module, "update"))
         return StepReport(graphs)
+
+    def export_onnx(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+        target: str = "cpu",
+        opset: int | None = None,
+        verify: bool = True,
+        dynamic_batch: bool = True,
+        inference: bool = True,
+        seed: int = 0,
+    ) -> ExportedStep:
+        """Write the whole step as ONNX files that onnxruntime trains from, without torch.
+
+        The folder holds ``train_step.onnx``, ``evaluate.onnx`` and ``infer.onnx`` in standard
+        operators, ``state.safetensors`` (parameters, optimizer state, statistics, loss scale, the
+        seed of the random numbers) and ``manifest.json``. :class:`mpgraph.runtime.OnnxTrainer`
+        runs it. What the optimizer does not train is kept apart, in ``frozen.safetensors``. The
+        step itself stays as it is.
+
+        Args:
+            folder: Where to; made if it is not there.
+            example_inputs: One batch: positional arguments, or keyword arguments as a dict. By
+                default the last batch that the step was called with.
+            target: "cpu", "cuda", "portable" or "web": where the files are to run.
+            opset: The version of the ONNX operators, from 18 to 23.
+            verify: Whether to run one step in onnxruntime and in torch, and compare.
+            dynamic_batch: Whether batches of any size are taken: the first dimension of every
+                tensor that has as many rows as the first one.
+            inference: Whether to write ``evaluate.onnx`` and ``infer.onnx`` too.
+            seed: The seed of dropout.
+
+        Raises:
+            CaptureError: The step cannot be captured as one graph.
+            ExportError: It cannot be written, or onnxruntime computes something else.
+        """
+        from mpgraph.onnx.step_export import export_step
+
+        if isinstance(example_inputs, Mapping):
+            batch = flatten(((), dict(example_inputs)))
+        elif example_inputs is not None:
+            batch = flatten((tuple(example_inputs), {}))
+        elif self._last_batch is not None:
+            batch = self._last_batch
+        else:
+            raise MPGraphError(
+                "the step has seen no batch, whose shapes and dtypes an export needs. Call it, or "
+                "pass one: step.export_onnx(folder, example_inputs=(x, y))."
+            )
+        return export_step(
+            self, folder, *batch, target=target, opset=opset, verify=verify, dynamic=dynamic_batch,
+            seed=seed, inference=inference,
+        )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """Model, optimizer, loss scale and gradients summed so far: all that a step changes.
@@ -498,7 +556,7 @@ class TrainStep:
 _CAPTURED = frozenset(
     {
         "_reads", "_held", "_version", "_versions", "_names", "_gradients", "_updates",
-        "_programs", "_launches", "_counters", "_updated",
+        "_programs", "_launches", "_counters", "_updated", "_last_batch",
     }
 )  # fmt: skip
 _ROOT_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

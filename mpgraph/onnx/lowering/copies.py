@@ -1,0 +1,75 @@
+"""Views and copies that only torch tells apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpgraph.errors import ExportError
+from mpgraph.onnx.lowering.constants import constant
+from mpgraph.onnx.lowering.row import Row
+
+aten = torch.ops.aten
+
+
+def _squeeze(x: Tensor, dims: Sequence[int]) -> Tensor:
+    axes = {d % x.dim() for d in dims if x.dim()}
+    sizes = [n for i, n in enumerate(x.shape) if not (i in axes and n == 1)]
+    return x.view(sizes)
+
+
+def _empty_permuted(size: Sequence[int], physical: Any, **options: Any) -> Tensor:
+    return torch.zeros(size, dtype=options.get("dtype"), device=options.get("device"))
+
+
+def _as_strided(
+    x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None
+) -> Tensor:
+    if not size and x.numel() == 1:
+        return x.view([])
+    if not x.is_contiguous() or any(not isinstance(n, int) for n in (*size, *stride, *x.shape)):
+        raise ExportError(
+            "as_strided reads memory, of which an ONNX graph knows nothing: it is only translated "
+            "for contiguous tensors of fixed size. Use slices, unfold or reshape."
+        )
+    places = [offset or 0]
+    for n, step in zip(size, stride, strict=True):
+        places = [base + i * step for base in places for i in range(n)]
+    return x.flatten()[constant(places)].view(list(size))
+
+
+def _view(x: Tensor, size: Sequence[int]) -> Any:
+    # Decompositions do not always lay their results out as the kernels do whose views these are.
+    return NotImplemented if x.is_contiguous() else x.contiguous().view(size)
+
+
+def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    return source.to(x.dtype).expand(x.shape)
+
+
+def _new_empty_strided(x: Tensor, size: Sequence[int], stride: Any, **options: Any) -> Tensor:
+    return x.new_zeros(size, dtype=options.get("dtype"))
+
+
+ROWS = (
+    Row(
+        (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default),
+        lambda x, size, stride=None: _view(x, size), "a reshape", "torch.reshape",
+    ),
+    Row((aten.squeeze.dims,), _squeeze, "a view without the axes of size 1", "torch.squeeze"),
+    Row(
+        (aten.empty_permuted.default,), _empty_permuted, "zeros", "what it holds is not defined",
+    ),
+    Row(
+        (aten.new_empty_strided.default,), _new_empty_strided, "zeros",
+        "what it holds is not defined",
+    ),
+    Row(
+        (aten.as_strided.default,), _as_strided, "a gather of offset + sum(i * stride)",
+        "torch.as_strided, of contiguous memory",
+    ),
+    Row((aten.copy.default,), _copy, "cast and expand", "torch.Tensor.copy_"),
+)  # fmt: skip

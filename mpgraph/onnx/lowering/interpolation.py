@@ -1,0 +1,88 @@
+"""Backward of resizing, as one product per axis with a constant matrix.
+
+Every mode of ``interpolate`` without antialiasing is linear in the picture and a product over axes,
+so the matrix of an axis is what the operator itself makes of unit vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from mpgraph.onnx.lowering.row import Row
+
+aten = torch.ops.aten
+Matrix = Callable[[int, int, Any, Any], Tensor]
+
+
+def _linear(size: int, out: int, align: Any, scale: Any) -> Tensor:
+    return aten.upsample_linear1d(torch.eye(size)[None], [out], bool(align), scale)[0]  # type: ignore[no-any-return]
+
+
+def _nearest(size: int, out: int, align: Any, scale: Any) -> Tensor:
+    return aten.upsample_nearest1d(torch.eye(size)[None], [out], scale)[0]  # type: ignore[no-any-return]
+
+
+def _nearest_exact(size: int, out: int, align: Any, scale: Any) -> Tensor:
+    return aten._upsample_nearest_exact1d(torch.eye(size)[None], [out], scale)[0]  # type: ignore[no-any-return]
+
+
+def _cubic(size: int, out: int, align: Any, scale: Any) -> Tensor:
+    picture = torch.eye(size)[None, None]
+    found = aten.upsample_bicubic2d(picture, [size, out], bool(align), None, scale)
+    return found[0, 0]  # type: ignore[no-any-return]
+
+
+def _backward(matrix: Matrix, *, aligns: bool) -> Callable[..., Tensor]:
+    def backward(
+        grad: Tensor, output_size: Sequence[int], input_size: Sequence[int], *rest: Any
+    ) -> Tensor:
+        align, scales = (rest[0], rest[1:]) if aligns else (False, rest)
+        rank = len(output_size)
+        scales = tuple(scales) + (None,) * (rank - len(scales))
+        for axis in range(rank):
+            with _disable_current_modes():
+                weights = matrix(input_size[2 + axis], output_size[axis], align, scales[axis])
+                weights = weights.T.contiguous().to(grad.dtype)
+            place = 2 + axis
+            grad = (grad.transpose(-1, place) @ weights).transpose(-1, place)
+        return grad
+
+    return backward
+
+
+_FORMULA = "one matrix product per axis with what the operator makes of unit vectors"
+_SOURCE = "aten/src/ATen/native/cpu/UpSampleKernel.cpp: linear, and a product over axes"
+
+
+def _row(matrix: Matrix, *targets: Any, aligns: bool = True) -> Row:
+    return Row(targets, _backward(matrix, aligns=aligns), _FORMULA, _SOURCE)
+
+
+ROWS = (
+    _row(
+        _linear,
+        aten.upsample_linear1d_backward.default,
+        aten.upsample_bilinear2d_backward.default,
+        aten.upsample_trilinear3d_backward.default,
+    ),
+    _row(_cubic, aten.upsample_bicubic2d_backward.default),
+    _row(
+        _nearest,
+        aten.upsample_nearest1d_backward.default,
+        aten.upsample_nearest2d_backward.default,
+        aten.upsample_nearest3d_backward.default,
+        aligns=False,
+    ),
+    _row(
+        _nearest_exact,
+        aten._upsample_nearest_exact1d_backward.default,
+        aten._upsample_nearest_exact2d_backward.default,
+        aten._upsample_nearest_exact3d_backward.default,
+        aligns=False,
+    ),
+)

@@ -1,0 +1,129 @@
+"""One step of an exported folder in onnxruntime, against the same graph in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpgraph.errors import ExportError
+from mpgraph.onnx.step_files import next_name
+from mpgraph.onnx.step_trace import StepGraph
+from mpgraph.runtime import manifest as files
+
+# Of the largest element of a tensor: sums are added up in another order, and in 16 bit a rounding
+# that falls the other way moves what follows.
+TOLERANCE = 0.05
+
+
+def check_step(
+    folder: Path, graph: StepGraph, values: Mapping[str, torch.Tensor], leaves: Sequence[Any]
+) -> float:
+    """The largest difference over one step from the state at export.
+
+    Raises:
+        ExportError: It is too large: names the output and both values.
+    """
+    given = [_given(port, values, leaves) for port in _with_index(graph)]
+    with torch.no_grad():
+        expected = graph.graph_module(*[value.clone() for value in given])
+    found = _run(folder, graph, given)
+    names = [*graph.results, *(next_name(port.name) for port in graph.state())]
+    before = dict(zip((next_name(p.name) for p in graph.ports), given, strict=True))
+    noisy = _noisy(graph)
+    worst = 0.0
+    for name, a, b in zip(names, found, expected, strict=True):
+        if name in noisy and _is_within_update(a, b, before[name]):
+            continue
+        error = difference(a, b)
+        if error > TOLERANCE:
+            raise ExportError(
+                f"onnxruntime and torch differ in {name} by {error:.2g} of its largest element, "
+                f"after one step from the same state: {a.flatten()[:3].tolist()} and "
+                f"{b.flatten()[:3].tolist()}. The file is wrong: please report it, with the model."
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def reference(
+    graph: StepGraph, values: Mapping[str, torch.Tensor], leaves: Sequence[Any], steps: int = 3
+) -> dict[str, torch.Tensor]:
+    """What torch makes of some steps with one batch, to compare with on a device.
+
+    Returns:
+        ``batch.<name>``; ``loss``, one number per step; and ``norm.<name>`` of each tensor of the
+        state afterwards.
+    """
+    given = [_given(port, values, leaves) for port in _with_index(graph)]
+    places = [i for i, port in enumerate(graph.ports) if port.role == "state"]
+    losses = []
+    with torch.no_grad():
+        for _ in range(steps):
+            returned = graph.graph_module(*[value.clone() for value in given])
+            losses.append(returned[graph.results.index("loss")].reshape(()))
+            for place, value in zip(places, returned[len(graph.results) :], strict=True):
+                given[place] = value
+    pairs = list(zip(graph.ports, given, strict=True))
+    found = {f"batch.{port.name}": v for port, v in pairs if port.role == "batch"}
+    norms = {f"norm.{p.name}": v.double().norm() for p, v in pairs if p.role == "state"}
+    return {**found, **norms, "loss": torch.stack(losses).double()}
+
+
+def _noisy(graph: StepGraph) -> frozenset[str]:
+    """Parameters of an optimizer that keeps state: Adam's kind divides noise by its own size.
+
+    Where the true gradient is 0 (the bias of a convolution before a batch norm), the update is
+    the learning rate times the sign of a rounding error. The state is compared in any case.
+    """
+    if not any(port.kind == "optimizer" for port in graph.ports):
+        return frozenset()
+    return frozenset(next_name(p.name) for p in graph.ports if p.kind == "parameter")
+
+
+def _is_within_update(a: torch.Tensor, b: torch.Tensor, before: torch.Tensor) -> bool:
+    size = (b - before).abs().max()
+    return bool(((a - b).abs() <= 2 * size).all())
+
+
+def _with_index(graph: StepGraph) -> list[tuple[Any, int]]:
+    count, found = 0, []
+    for port in graph.ports:
+        found.append((port, count))
+        count += port.role == "batch"
+    return found
+
+
+def _given(
+    place: tuple[Any, int], values: Mapping[str, torch.Tensor], leaves: Sequence[Any]
+) -> torch.Tensor:
+    port, index = place
+    if port.role == "batch":
+        leaf: torch.Tensor = leaves[index]
+        return leaf.detach().cpu()
+    return values[port.name]
+
+
+def _run(folder: Path, graph: StepGraph, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        str(folder / files.TRAIN), options, providers=["CPUExecutionProvider"]
+    )
+    feeds = {port.name: value.numpy() for port, value in zip(graph.ports, given, strict=True)}
+    return [torch.from_numpy(value) for value in session.run(None, feeds)]
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference, relative to the largest element; equal infinities are equal."""
+    a, b = a.double(), b.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    if bool(same.all()):
+        return 0.0
+    scale = b[b.isfinite()].abs().max() if bool(b.isfinite().any()) else torch.tensor(1.0)
+    error = torch.where(same, 0.0, (a - b).abs()).max() / scale.clamp(min=1e-30)
+    return float(error) if bool(error.isfinite()) else float("inf")

@@ -1,0 +1,207 @@
+"""A whole training step as a folder that onnxruntime trains from, without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mpgraph.errors import ExportError
+from mpgraph.onnx.forward_trace import evaluation, model_results, trace_question
+from mpgraph.onnx.from_graph import translate
+from mpgraph.onnx.in_place import in_place
+from mpgraph.onnx.rounding import IR_VERSION, write_rounding
+from mpgraph.onnx.step_check import check_step, reference
+from mpgraph.onnx.step_files import (
+    dtype_name,
+    next_name,
+    state_of_ports,
+    tensor_of,
+    value_of,
+    write_tensors,
+)
+from mpgraph.onnx.step_trace import StepGraph, trace_step
+from mpgraph.onnx.targets import Target, target_of
+from mpgraph.passes.counter_dropout import SEED
+from mpgraph.runtime import manifest as files
+from mpgraph.structure import Spec
+
+if TYPE_CHECKING:
+    from mpgraph.step.train_step import TrainStep
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportedStep:
+    """What :meth:`mpgraph.TrainStep.export_onnx` has written.
+
+    Attributes:
+        folder: Where.
+        manifest: What is in it.
+        error: The largest difference between onnxruntime and torch over one step from the same
+            state, relative to the largest element of each tensor; None where it was not checked.
+    """
+
+    folder: Path
+    manifest: files.Manifest
+    error: float | None
+
+
+def export_step(
+    step: TrainStep,
+    folder: Any,
+    leaves: Sequence[Any],
+    spec: Spec,
+    *,
+    target: str = "cpu",
+    opset: int | None = None,
+    verify: bool = True,
+    dynamic: bool = True,
+    seed: int = 0,
+    inference: bool = True,
+) -> ExportedStep:
+    """Write the folder of a step; see :meth:`mpgraph.TrainStep.export_onnx`."""
+    _need_onnx()
+    goal = target_of(target, opset)
+    graph = trace_step(step, leaves, spec, goal, dynamic=dynamic)
+    state = frozenset(port.name for port in graph.state())
+    graphs = {files.TRAIN: graph}
+    questions = {
+        files.EVALUATE: evaluation(step, leaves, spec, dynamic),
+        files.INFER: model_results(step, graph),
+    }
+    for name, question in questions.items():
+        if inference and question is not None:
+            graphs[name] = trace_question(step, question, goal, state)
+    models = {name: translated(part, goal) for name, part in graphs.items()}
+    values = _values(graphs.values(), seed)
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    written = _write(path, models, graphs, values, goal)
+    manifest = _manifest(step, graphs, models[files.TRAIN], goal, values)
+    if verify:
+        write_tensors(path / files.REFERENCE, reference(graph, values, leaves))
+        written.append(files.REFERENCE)
+    sums = {name: files.checksum(path / name) for name in written}
+    manifest = dataclasses.replace(manifest, files=sums)
+    manifest.write(path)
+    error = check_step(path, graph, values, leaves) if verify else None
+    return ExportedStep(path, manifest, error)
+
+
+def _values(graphs: Iterable[StepGraph], seed: int) -> dict[str, torch.Tensor]:
+    """What every input but the batch starts with."""
+    found = {p.name: p for graph in graphs for p in graph.ports if p.role != "batch"}
+    values = {name: value_of(port) for name, port in found.items()}
+    if SEED.name in values:
+        values[SEED.name] = torch.tensor(seed)
+    return values
+
+
+def translated(graph: StepGraph, target: Target) -> Any:
+    """The step as an ``onnx_ir.Model``."""
+    outputs = [*graph.results, *(next_name(port.name) for port in graph.state())]
+    dims = {graph.symbol: "batch"} if graph.symbol else {}
+    inputs = [port.name for port in graph.ports]
+    return translate(graph.graph_module, inputs, outputs, opset=target.opset, dims=dims)
+
+
+def _write(
+    path: Path,
+    models: Mapping[str, Any],
+    graphs: Mapping[str, StepGraph],
+    values: Mapping[str, torch.Tensor],
+    target: Target,
+) -> list[str]:
+    """Write every file but the manifest; their names."""
+    import onnx
+    import onnx_ir
+
+    for name, model in models.items():
+        model.ir_version = IR_VERSION
+        onnx_ir.save(model, str(path / name))
+        onnx.checker.check_model(str(path / name), full_check=True)
+    write_rounding(path / files.ROUNDING, target.opset)
+    state, frozen = _names(graphs)
+    write_tensors(path / files.STATE, {name: values[name] for name in state})
+    written = [*models, files.ROUNDING, files.STATE]
+    if frozen:
+        write_tensors(path / files.FROZEN, {name: values[name] for name in frozen})
+        written.append(files.FROZEN)
+    return written
+
+
+def _names(graphs: Mapping[str, StepGraph]) -> tuple[list[str], list[str]]:
+    """The names of what a step writes, and of what nothing does."""
+    state = [port.name for port in graphs[files.TRAIN].state()]
+    ports = [port for graph in graphs.values() for port in graph.ports]
+    frozen = dict.fromkeys(p.name for p in ports if p.role == "frozen" and p.name not in state)
+    return state, [*frozen]
+
+
+def _manifest(
+    step: TrainStep,
+    graphs: Mapping[str, StepGraph],
+    model: Any,
+    target: Target,
+    values: Mapping[str, torch.Tensor],
+) -> files.Manifest:
+    import onnx
+
+    import mpgraph
+
+    train = graphs[files.TRAIN]
+    ports = {port.name: port for graph in graphs.values() for port in graph.ports}
+    safe = in_place(model, {port.name: next_name(port.name) for port in train.state()})
+    _, frozen = _names(graphs)
+    return files.Manifest(
+        precision=step._state.settings.precision.name,
+        target=target.name,
+        provider=target.provider,
+        opset=target.opset,
+        accumulation_steps=step.accumulation_steps,
+        batch_size="batch" if train.symbol else _batch_size(train),
+        state=state_of_ports(train.state(), safe),
+        frozen=tuple(tensor_of(name, ports[name].value, "") for name in frozen),
+        numbers=tuple(
+            files.Number(p.name, dtype_name(p.value.dtype), float(values[p.name]))
+            for p in train.ports
+            if p.role == "hyperparameter"
+        ),
+        graphs={name: _graph(graph) for name, graph in graphs.items()},
+        files={},
+        versions={
+            "mpgraph": mpgraph.__version__, "torch": torch.__version__, "onnx": onnx.__version__,
+        },
+    )  # fmt: skip
+
+
+def _graph(graph: StepGraph) -> files.Graph:
+    returned: Any = graph.graph_module.graph.output_node().args[0]
+    values = [node.meta["val"] for node in returned]
+    return files.Graph(
+        tuple(tensor_of(p.name, p.value, graph.symbol) for p in graph.ports if p.role == "batch"),
+        tuple(map(tensor_of, graph.results, values, [graph.symbol] * len(graph.results))),
+        tuple(p.name for p in graph.ports if p.role in ("state", "frozen")),
+    )
+
+
+def _batch_size(graph: StepGraph) -> int:
+    ports = [port for port in graph.ports if port.role == "batch"]
+    sizes = [int(port.value.shape[0]) for port in ports if port.value.dim()]
+    return sizes[0] if sizes else 1
+
+
+def _need_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+        import safetensors  # noqa: F401
+    except ImportError as error:
+        raise ExportError(
+            f"exporting needs {error.name}, which is not installed. pip install 'mpgraph[onnx]' "
+            "installs what is missing."
+        ) from error

@@ -1,0 +1,150 @@
+"""One operator with its backward pass, exported and run by onnxruntime, next to torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+import onnxruntime
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from mpgraph.onnx.from_graph import translate
+from mpgraph.onnx.functional import functional, in_plain_operators
+from mpgraph.onnx.ports import widen_ports
+from mpgraph.onnx.targets import TargetContext, target_of
+from mpgraph.passes.legalize import legalize
+from mpgraph.pipeline import run_passes
+from mpgraph.policy import Policy
+
+from .survey_cases import Bools, Ints, Positive
+
+
+def make(spec: Any, dtype: torch.dtype) -> Tensor:
+    """An input."""
+    if isinstance(spec, Ints):
+        return torch.randint(0, spec.bound, spec.shape)
+    if isinstance(spec, Bools):
+        found = torch.rand(spec.shape) < 0.5
+        found.view(-1)[0] = True
+        return found
+    if isinstance(spec, Positive):
+        return (torch.rand(spec.shape) + 0.5).to(dtype)
+    return torch.randn(spec).to(dtype)
+
+
+@dataclasses.dataclass
+class Run:
+    """What one call gave: results, then the gradients of all floating inputs.
+
+    Attributes:
+        found: By onnxruntime.
+        graph: By the graph that was exported, run by torch.
+        eager: By torch; empty where torch has no kernel for this dtype.
+    """
+
+    found: list[Tensor]
+    graph: list[Tensor]
+    eager: list[Tensor]
+
+
+def run(function: Callable[..., Any], specs: Sequence[Any], dtype: torch.dtype) -> Run:
+    """Run one call in all three ways."""
+    torch.manual_seed(0)
+    inputs = [make(spec, dtype) for spec in specs]
+    inputs += [torch.randn(r.shape).to(r.dtype) for r in _results(function, inputs)]
+    joint = _joint(function, len(specs))
+    eager = joint(*inputs) if dtype is torch.float32 else []
+    gm = _traced(joint, inputs)
+    found = _by_onnxruntime(gm, inputs)
+    with torch.no_grad():
+        graph = gm(*[_wide(value) for value in inputs])
+    return Run(found, [_wide(v) for v in graph], [_wide(v.detach()) for v in eager])
+
+
+def _results(function: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Fake values like what the call returns."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, in_plain_operators(), torch.no_grad():
+        returned = function(*map(mode.from_tensor, inputs))
+    return [r for r in _leaves(returned) if r.is_floating_point()]
+
+
+def _joint(function: Callable[..., Any], count: int) -> Callable[..., list[Tensor]]:
+    def run(*given: Tensor) -> list[Tensor]:
+        inputs, weights = list(given[:count]), given[count:]
+        for i, value in enumerate(inputs):
+            if value.is_floating_point():
+                inputs[i] = value.detach().requires_grad_()
+        with torch.enable_grad(), in_plain_operators():
+            results = [r for r in _leaves(function(*inputs)) if r.is_floating_point()]
+            by = [value for value in inputs if value.is_floating_point()]
+            pairs = [p for p in zip(results, weights, strict=True) if p[0].requires_grad]
+            gradients: Any = []
+            if pairs:
+                gradients = torch.autograd.grad(
+                    [r for r, _ in pairs], by, [w for _, w in pairs], allow_unused=True
+                )
+        return [*(r.detach() for r in results), *(g for g in gradients if g is not None)]
+
+    return run
+
+
+def _leaves(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _traced(joint: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphModule:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        fakes = [mode.from_tensor(value) for value in inputs]
+    with mode:
+        gm = make_fx(joint, _allow_non_fake_inputs=True)(*fakes)
+    for node in gm.graph.nodes:
+        node.meta["part"] = "forward"
+    gm.graph.output_node().args = (tuple(gm.graph.output_node().args[0]),)  # type: ignore[arg-type]
+    made = functional(gm).graph_module
+    widen_ports(made)
+    context = TargetContext(Policy(), None, target=target_of("cpu"))
+    run_passes(made, (legalize,), context)
+    return made
+
+
+def _by_onnxruntime(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> list[Tensor]:
+    names = [f"x{i}" for i in range(len(inputs))]
+    count = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+    model = translate(gm, names, [f"y{i}" for i in range(count)])
+    proto = onnx_ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    assert {opset.domain for opset in proto.opset_import} == {""}
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    kept = {value.name for value in session.get_inputs()}
+    feeds = {n: _wide(v).numpy() for n, v in zip(names, inputs, strict=True) if n in kept}
+    return [torch.from_numpy(np.asarray(v)) for v in session.run(None, feeds)]
+
+
+def _wide(value: Tensor) -> Tensor:
+    is_half = value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if is_half else value
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest element; different NaNs are infinite."""
+    assert found.shape == expected.shape
+    a, b = found.double(), expected.double()
+    finite = b.isfinite()
+    if not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()) or not finite.any():
+        return float("inf") if b.numel() and not torch.equal(a.isnan(), b.isnan()) else 0.0
+    scale = float(b[finite].abs().max()) or 1.0
+    return float((a[finite] - b[finite]).abs().max()) / scale
