@@ -23,6 +23,10 @@ class CallError(MPGraphError, TypeError):
     """A converted module was called with arguments that its ``forward`` does not take."""
 
 
+class ExportError(MPGraphError):
+    """A model, or this call of it, cannot be written as an ONNX file; or the file is wrong."""
+
+
 class VerificationError(MPGraphError, AssertionError):
     """mpgraph broke one of its own invariants: a bug in mpgraph, not in the user's model."""
 

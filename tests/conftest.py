@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
-from mpgraph import pipeline
+from mpgraph import ir, pipeline
+from mpgraph.infer import run_on_values
+from mpgraph.onnx.targets import TargetContext
 from mpgraph.step.joint import StepContext
 from mpgraph.verify import verify
 
@@ -30,6 +33,9 @@ def _check(
         gm.graph.lint()
         assert all("part" in n.meta for n in gm.graph.nodes if n.op == "call_function")
         return
+    if isinstance(context, TargetContext):
+        _check_values(gm)
+        return
     is_scaled = graph_pass.name in ("scale_backward", "spread_scale") and context.scaled
     verify(
         gm,
@@ -37,6 +43,17 @@ def _check(
         decided=graph_pass.name not in _BEFORE_CASTS,
         scaled=context.grad if is_scaled and "body" not in gm.meta else None,
     )
+
+
+def _check_values(gm: fx.GraphModule) -> None:
+    """Every value of a functional graph has the dtype that torch gives for the node's inputs."""
+    gm.graph.lint()
+    for node in filter(ir.is_operator, gm.graph.nodes):
+        assert _dtypes(run_on_values(node)) == _dtypes(node.meta["val"]), node.format_node()
+
+
+def _dtypes(value: object) -> list[torch.dtype]:
+    return [v.dtype for v in pytree.tree_leaves(value) if isinstance(v, torch.Tensor)]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,1 @@
+"""The ``mpgraph`` command: one file per sub-command."""
