@@ -47,7 +47,7 @@ def capture_call(
     if state.settings.scaled and not state.scale.is_guarded:
         watch(model)
     context = state.context()
-    names = _names(spec)
+    names = argument_names(spec)
     label = _label(model, leaves, names)
     shapes = [leaf.shape for leaf in leaves]
     earlier[:] = [entry for entry in earlier if not getattr(entry, "failed", False)]
@@ -88,7 +88,8 @@ def check_overrides(state: State, model: nn.Module, *graphs: fx.GraphModule) -> 
         state.settings.policy.check_overrides(called(bodies), modules)
 
 
-def _names(spec: Spec) -> list[str]:
+def argument_names(spec: Spec) -> list[str]:
+    """A readable name for every tensor among the arguments of a call."""
     # The description is of (args, kwargs): "0_0" is args[0], "1_x" is kwargs["x"].
     names = []
     for name in leaf_names(spec):
@@ -99,7 +100,7 @@ def _names(spec: Spec) -> list[str]:
 
 def _dynamic_dims(leaves: list[Any], earlier: list[Any]) -> list[frozenset[int]]:
     """Dimensions that may vary: batch and sequence at first, then whatever has varied."""
-    dims = [_first_guess(leaf) for leaf in leaves]
+    dims = [likely_dynamic(leaf) for leaf in leaves]
     for entry in earlier:
         for index, shape in enumerate(entry.shapes):
             changed = {d for d, size in enumerate(shape) if leaves[index].shape[d] != size}
@@ -107,7 +108,7 @@ def _dynamic_dims(leaves: list[Any], earlier: list[Any]) -> list[frozenset[int]]
     return dims
 
 
-def _first_guess(leaf: torch.Tensor) -> frozenset[int]:
+def likely_dynamic(leaf: torch.Tensor) -> frozenset[int]:
     """The batch; and the second dimension of token ids and of (batch, sequence, features)."""
     if leaf.dim() == 0:
         return frozenset()
@@ -124,18 +125,24 @@ def _capture_export(
     earlier: list[Any],
     context: PassContext,
 ) -> tuple[Captured, list[PassReport]]:
+    call = Call(leaves, spec, names, _dynamic_dims(leaves, earlier))
+    return export_call(state, model, call, context)
+
+
+def export_call(
+    state: State, model: nn.Module, call: Call, context: PassContext
+) -> tuple[Captured, list[PassReport]]:
     """Export with dynamic sizes on the path of eager mode, and otherwise where that cannot be."""
     forward = state.original_forward()
-    calls = _attempts(Call(leaves, spec, names, _dynamic_dims(leaves, earlier)))
     failure: Exception | None = None
     with capturing():
-        for call in calls:
-            if isinstance(failure, GuardOnDataDependentSymNode) and not call.says_compiling:
+        for attempt in _attempts(call):
+            if isinstance(failure, GuardOnDataDependentSymNode) and not attempt.says_compiling:
                 continue  # a value, not a size, is what the model needs to know
             try:
-                with undone_on_failure(model, opaque_values(spec)):
+                with undone_on_failure(model, opaque_values(call.spec)):
                     captured = capture_export(
-                        model, forward, call, context.autocast(), context.device
+                        model, forward, attempt, context.autocast(), context.device
                     )
                 reports = run_passes(captured.graph_module, DEFAULT_PASSES, context)
                 if context.scaled:
@@ -144,7 +151,7 @@ def _capture_export(
             except (NeedsDynamo, MPGraphError):
                 raise
             except Exception as error:
-                logger.debug("capture with %s failed: %s", call.describe(), error)
+                logger.debug("capture with %s failed: %s", attempt.describe(), error)
                 failure = error
     assert failure is not None
     raise failure

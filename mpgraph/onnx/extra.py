@@ -1,0 +1,44 @@
+"""The libraries of the ``onnx`` extra, imported where they are needed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from mpgraph.errors import ExportError
+
+_FOR_EXPORT = ("onnx", "onnxscript")
+
+
+def require_onnx() -> None:
+    """Check that what an export needs is installed.
+
+    Raises:
+        ExportError: It is not; names the extra.
+    """
+    for name in _FOR_EXPORT:
+        library(name)
+
+
+def library(name: str) -> Any:
+    """An optional library.
+
+    Raises:
+        ExportError: It is not installed; names the extra.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ExportError(
+            f"ONNX needs the package {name!r}, which cannot be imported ({error}). Install the "
+            "extra: pip install 'mpgraph[onnx]'"
+        ) from error
+
+
+def has_runtime() -> bool:
+    """Whether onnxruntime is installed."""
+    try:
+        importlib.import_module("onnxruntime")
+    except ImportError:
+        return False
+    return True
