@@ -13,6 +13,8 @@ _HOMES = {
     "explain": "report.report",
     "guard": "guarding",
     "TrainStep": "step.train_step",
+    "export_onnx": "onnx.export",
+    "ExportReport": "onnx.report",
     "blame": "ranges.blame",
     "calibrate": "ranges.calibrate",
     "RangeReport": "ranges.report",
@@ -25,6 +27,7 @@ _HOMES = {
     "MPGraphError": "errors",
     "CallError": "errors",
     "CaptureError": "errors",
+    "ExportError": "errors",
     "PolicyError": "errors",
     "PrecisionError": "errors",
     "VerificationError": "errors",
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from mpgraph.conversion import convert as convert
     from mpgraph.errors import CallError as CallError
     from mpgraph.errors import CaptureError as CaptureError
+    from mpgraph.errors import ExportError as ExportError
     from mpgraph.errors import MPGraphError as MPGraphError
     from mpgraph.errors import PolicyError as PolicyError
     from mpgraph.errors import PrecisionError as PrecisionError
@@ -42,6 +46,8 @@ if TYPE_CHECKING:
     from mpgraph.graph_text import text as text
     from mpgraph.guarding import guard as guard
     from mpgraph.loss_scale import LossScale as LossScale
+    from mpgraph.onnx.export import export_onnx as export_onnx
+    from mpgraph.onnx.report import ExportReport as ExportReport
     from mpgraph.policy import Override as Override
     from mpgraph.policy import Policy as Policy
     from mpgraph.ranges.blame import blame as blame

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 from mpgraph.errors import ExportError
@@ -37,8 +38,4 @@ def library(name: str) -> Any:
 
 def has_runtime() -> bool:
     """Whether onnxruntime is installed."""
-    try:
-        importlib.import_module("onnxruntime")
-    except ImportError:
-        return False
-    return True
+    return importlib.util.find_spec("onnxruntime") is not None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpgraph.errors import ExportError
+from mpgraph.onnx.extra import library
 
 # A protobuf message holds less than 2 GB; the graph itself needs room too.
 LARGEST_FILE = 1_900_000_000
@@ -49,7 +50,7 @@ def save(model: Any, file: Path, external_data: bool | None) -> int:
     Returns:
         The number of bytes written.
     """
-    import onnx_ir
+    onnx_ir = library("onnx_ir")
 
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values())
     apart = weights > LARGEST_FILE if external_data is None else external_data
@@ -63,7 +64,7 @@ def check(file: Path) -> None:
     Raises:
         ExportError: It is not valid.
     """
-    import onnx
+    onnx = library("onnx")
 
     try:
         onnx.checker.check_model(str(file), full_check=True)

@@ -252,10 +252,12 @@ def set_io_dtypes(gm: fx.GraphModule, io: frozenset[torch.dtype], inputs: Sequen
     first = next(n for n in graph.nodes if n.op != "placeholder")
     for node in graph.find_nodes(op="placeholder"):
         dtype = ir.dtype_of(node)
-        if node.meta["slot"].kind == "input" and dtype in ir.ELIGIBLE and dtype not in io:
+        if dtype is None or node.meta["slot"].kind != "input":
+            continue
+        if dtype in ir.ELIGIBLE and dtype not in io:
             readers = list(node.users)
             node.meta["val"] = ir.retype(node.meta["val"], torch.float32)
-            made = ir.add_cast(graph, node, cast(torch.dtype, dtype), before=first)
+            made = ir.add_cast(graph, node, dtype, before=first)
             for reader in readers:
                 reader.replace_input_with(node, made)
     output = graph.output_node()

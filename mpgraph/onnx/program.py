@@ -26,9 +26,20 @@ from torch.utils import _pytree as pytree
 
 from mpgraph import ir
 from mpgraph.errors import ExportError
-from mpgraph.onnx.decompositions import decompositions, has_translation
+from mpgraph.onnx.decompositions import (
+    decompositions,
+    draws_random_numbers,
+    has_translation,
+)
 
 State = Mapping[str, tuple[str, torch.Tensor]]
+
+
+class _Decomposed(ExportedProgram):
+    """A program that is functional already: torch.onnx would trace it once more for nothing."""
+
+    def run_decompositions(self, *args: Any, **kwargs: Any) -> ExportedProgram:
+        return self
 
 
 def exported_program(
@@ -52,7 +63,7 @@ def exported_program(
         pytree.tree_structure((tuple(examples), {})),
         pytree.tree_structure(tuple(results)),
     )  # fmt: skip
-    program = ExportedProgram(
+    program = (_Decomposed if functional else ExportedProgram)(
         root=gm,
         graph=gm.graph,
         graph_signature=ExportGraphSignature(inputs, outputs),
@@ -75,14 +86,17 @@ def _input_spec(node: fx.Node, state: State) -> InputSpec:
     return InputSpec(InputKind.BUFFER, argument, state[node.name][0], persistent=True)
 
 
-def make_functional(program: ExportedProgram) -> tuple[fx.GraphModule, State]:
+def make_functional(
+    program: ExportedProgram, *, half_products: bool = False
+) -> tuple[fx.GraphModule, State]:
     """The program as a functional ATen graph of what torch.onnx translates, and its state.
 
     Operators that torch.onnx translates whole (``linear``, ``layer_norm``, attention) stay whole.
-    Module paths and source lines stay on the nodes.
+    Module paths and source lines stay on the nodes. ``half_products`` as for
+    :func:`mpgraph.onnx.decompositions.decompositions`.
     """
     with quiet():
-        made = program.run_decompositions(decompositions())
+        made = program.run_decompositions(decompositions(half_products=half_products))
     signature, gm = made.graph_signature, made.graph_module
     results = gm.graph.output_node().args[0]
     kept = [
@@ -113,11 +127,17 @@ def refuse_untranslated(graph: fx.Graph) -> None:
     """Check that torch.onnx has a translation for every operator of a functional graph.
 
     Raises:
-        ExportError: It has not; names the operators, the nodes and the user's lines.
+        ExportError: It has not, or the operator draws random numbers; names the operators, the
+            nodes and the user's lines.
     """
-    lacking = [
-        node for node in graph.nodes if ir.is_operator(node) and not has_translation(node.target)
-    ]
+    random = [node for node in graph.nodes if draws_random_numbers(node)]
+    if random:
+        raise ExportError(
+            "the model draws random numbers, which no runtime draws as torch does:\n"
+            + "\n".join(map(describe_node, random))
+            + "\nTake the noise as an input, or leave it out in eval mode."
+        )
+    lacking = [n for n in graph.nodes if ir.is_operator(n) and not has_translation(n)]
     if lacking:
         raise ExportError(
             "torch.onnx has no translation for:\n"

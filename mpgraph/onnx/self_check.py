@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mpgraph.errors import ExportError
+from mpgraph.onnx import run_apart
+from mpgraph.onnx.extra import library
 from mpgraph.onnx.report import Check
 from mpgraph.onnx.targets import Target
 
@@ -22,49 +27,71 @@ TOLERANCES: dict[torch.dtype | None, float] = {
 }
 
 
+class Unavailable(Exception):
+    """The execution provider does not run on this machine."""
+
+
 def run_file(
     path: Path, inputs: Sequence[str], values: Sequence[torch.Tensor], provider: str
 ) -> list[torch.Tensor]:
-    """The outputs that onnxruntime gives.
+    """The outputs that onnxruntime gives, run in a process of its own.
+
+    Args:
+        path: The file.
+        inputs: The names of its inputs.
+        values: Their values, of the file's own dtypes.
+        provider: The execution provider.
 
     Raises:
-        ExportError: onnxruntime refuses the file.
+        ExportError: onnxruntime refuses the file, or crashes on it.
+        Unavailable: The provider does not run here.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
-        feed = {
-            name: _to_runtime(value, declared.type)
-            for name, value, declared in zip(inputs, values, session.get_inputs(), strict=True)
+    numpy = library("numpy")
+    with tempfile.TemporaryDirectory(prefix="mpgraph-") as name:
+        folder = Path(name)
+        for index, value in enumerate(values):
+            numpy.save(folder / f"input_{index}.npy", _bits(value).numpy())
+        is_bf16 = [value.dtype is torch.bfloat16 for value in values]
+        call = {
+            "file": str(path.resolve()),
+            "provider": provider,
+            "inputs": list(zip(inputs, is_bf16, strict=True)),
         }
-        results = session.run_with_ort_values(None, feed)
-    except Exception as error:
-        raise ExportError(f"onnxruntime cannot run the file: {error}") from error
-    return [_to_torch(result) for result in results]
+        (folder / "call.json").write_text(json.dumps(call), encoding="utf-8")
+        _run(folder)
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        if "unavailable" in result:
+            raise Unavailable(provider)
+        arrays = [
+            torch.from_numpy(numpy.load(folder / f"output_{index}.npy"))
+            for index, _ in enumerate(result["outputs"])
+        ]
+        kinds = result["outputs"]
+    return [
+        array.view(torch.bfloat16) if kind == "tensor(bfloat16)" else array
+        for array, kind in zip(arrays, kinds, strict=True)
+    ]
 
 
-def _to_runtime(value: torch.Tensor, declared: str) -> Any:
-    import onnxruntime
-
+def _bits(value: torch.Tensor) -> torch.Tensor:
     value = value.detach().cpu().contiguous()
-    if declared == "tensor(float)":
-        value = value.float()
-    if value.dtype is torch.bfloat16:
-        bits = value.view(torch.int16).numpy()
-        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _BFLOAT16)
-    return onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy())
+    return value.view(torch.uint16) if value.dtype is torch.bfloat16 else value
 
 
-_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
-
-
-def _to_torch(value: Any) -> torch.Tensor:
-    if value.data_type() == "tensor(bfloat16)":
-        return torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack()).clone()
-    return torch.from_numpy(value.numpy().copy())
+def _run(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, run_apart.__file__, str(folder)], capture_output=True, text=True
+    )
+    if done.returncode < 0:
+        raise ExportError(
+            f"onnxruntime crashes on the file (signal {-done.returncode}): a bug in onnxruntime. "
+            "Nothing was written. Please report this; verify=False writes the file nevertheless."
+        )
+    if done.returncode:
+        raise ExportError(
+            f"onnxruntime cannot run the file: {done.stderr.strip()}. Nothing was written. "
+            "Please report this; verify=False writes the file nevertheless."
+        )
 
 
 def compare(

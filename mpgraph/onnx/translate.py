@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from mpgraph import ir
 from mpgraph.errors import ExportError
+from mpgraph.onnx.extra import library
 from mpgraph.onnx.program import describe_node, quiet
 from mpgraph.onnx.targets import Target
 
@@ -71,8 +72,7 @@ def _first_cause(error: BaseException) -> str:
 
 def clean(model: Any) -> None:
     """Inline functions, fold small constants, merge equal nodes, drop dead ones: exactly."""
-    import onnx_ir.passes.common as passes
-    from onnxscript import optimizer
+    passes, optimizer = library("onnx_ir.passes.common"), library("onnxscript.optimizer")
 
     passes.InlinePass()(model)
     optimizer.fold_constants(
@@ -108,16 +108,20 @@ def _check_opsets(model: Any, target: Target) -> None:
 
 def name_axes(model: Any, names: Mapping[str, str]) -> None:
     """Give symbolic dimensions readable names, in expressions too: ``2*batch``."""
-    import onnx_ir
+    onnx_ir = library("onnx_ir")
 
-    pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b") if names else None
+    if not names:
+        return
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+
+    def renamed(size: Any) -> Any:
+        # An unknown size stays unknown: as a name, "None" would say that all of them are equal.
+        text = getattr(size, "value", None)
+        return pattern.sub(lambda m: names[m[1]], text) if isinstance(text, str) else size
+
     for value in _values(model):
-        if pattern is None or value.shape is None:
-            continue
-        value.shape = onnx_ir.Shape(
-            pattern.sub(lambda m: names[m[1]], str(d.value)) if hasattr(d, "value") else d
-            for d in value.shape
-        )
+        if value.shape is not None:
+            value.shape = onnx_ir.Shape(map(renamed, value.shape))
 
 
 def _values(model: Any) -> Any:

@@ -1,0 +1,513 @@
+"""Exported inference files against torch: the same names, sizes and numbers."""
+
+from __future__ import annotations
+
+import builtins
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mpgraph
+from mpgraph.onnx import self_check
+from tests.onnx.models import MLP, MODELS, ConvNet, Encoder, LanguageModel, Recurrent, padded
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+
+pytestmark = pytest.mark.filterwarnings("ignore:mpgraph. the model is in training mode")
+
+# In units in the last place of the 16-bit type, at the output's largest element. Files are
+# compared with the exported graph in torch: node by node the same roundings, but fp32 sums in
+# another order, which move a value over the border between two 16-bit numbers now and then. In
+# fp32 there is no such border, and the differences add up: 1e-5 of the largest element.
+UNITS = 2.0
+FP32 = 1e-5
+
+
+def export(tmp_path, name, precision, **options):
+    torch.manual_seed(0)
+    kind, call = MODELS[name]
+    model, inputs = kind().eval(), call(2)
+    report = mpgraph.export_onnx(
+        model, tmp_path / "model.onnx", inputs, precision=precision, **options
+    )
+    return model, inputs, report
+
+
+def session(path, level=None):
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    if level is not None:
+        options.graph_optimization_level = level
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run(path, *inputs, level=None, **named):
+    made = session(path, level)
+    names = [value.name for value in made.get_inputs()]
+    feed = {**dict(zip(names, inputs, strict=False)), **named}
+    return [torch.from_numpy(y) for y in made.run(None, {k: v.numpy() for k, v in feed.items()})]
+
+
+def loaded(path):
+    return onnx.load(str(path))
+
+
+def operators(model):
+    return [node.op_type for node in model.graph.node]
+
+
+def initializers(model):
+    return {i.name: onnx.TensorProto.DataType.Name(i.data_type) for i in model.graph.initializer}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("mlp", "cnn", "gpt") else pytest.param(n, marks=pytest.mark.slow) for n in MODELS],
+)
+def test_a_file_gives_the_numbers_of_the_exported_graph(tmp_path, name, precision):
+    _, _, report = export(tmp_path, name, precision)
+    if precision == "fp32":
+        assert report.check.error <= FP32
+        assert report.casts == 0
+    else:
+        assert report.check.units <= UNITS
+        assert report.casts > 4
+    if name == "mlp" and precision != "fp32":
+        assert report.check.identical
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_file_takes_other_batch_and_sequence_sizes(tmp_path, precision):
+    torch.manual_seed(0)
+    model = mpgraph.convert(LanguageModel().eval(), precision)
+    path = tmp_path / "gpt.onnx"
+    report = mpgraph.export_onnx(model, path, torch.randint(0, 50, (2, 7)))
+    assert report.inputs == ("tokens: i64[batch, sequence]",)
+    assert report.outputs == ("output: fp32[batch, sequence, 50]",)
+    tokens = torch.randint(0, 50, (5, 11))
+    with torch.no_grad():
+        want = model(tokens).float()
+    (got,) = run(path, tokens)
+    # Against the converted model, whose attention kernel rounds inside as it likes.
+    assert self_check.difference(got, want) < 8 * torch.finfo(model(tokens).dtype).eps + 2**-7
+
+
+def test_fp16_overflows_in_the_file_where_it_does_in_torch_at_every_level(tmp_path):
+    # The CPU provider's own fp16 would not: it computes chains in fp32.
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor([3e4, 3e-4]))
+
+        def forward(self, x):
+            return x.half() * self.scale[0].half() * self.scale[1].half()
+
+    model = mpgraph.convert(Chain(), "fp16")
+    mpgraph.export_onnx(model, tmp_path / "chain.onnx", torch.randn(8))
+    x = torch.tensor([1.0, 2.0, 3.0, -5.0, 1 / 3, 2.2, 0.1, 8.0])
+    with torch.no_grad():
+        want = model(x).float()
+    assert want.isinf().sum() == 4
+    for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL"):
+        (got,) = run(tmp_path / "chain.onnx", x, level=getattr(ort.GraphOptimizationLevel, level))
+        assert torch.equal(got, want), level
+
+
+def test_small_constants_survive(tmp_path):
+    # torch.onnx.export(optimize=True) deletes both of these.
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return 1 / (x * self.weight + 1e-9), x * (1 - 1e-6)
+
+    mpgraph.export_onnx(Small(), tmp_path / "small.onnx", torch.randn(4), precision="fp32")
+    x = torch.tensor([0.0, 1.0])
+    first, second = run(tmp_path / "small.onnx", x)
+    assert first.tolist() == [pytest.approx(1e9), pytest.approx(1.0)]
+    assert torch.equal(second, x * (1 - 1e-6))
+    assert second[1] != 1
+
+
+def test_batch_statistics_of_eval_mode_are_computed(tmp_path):
+    # torch.onnx's own translation of batch_norm reads running statistics, which there are none of.
+    model, _, _ = export(tmp_path, "batch-statistics", "fp32")
+    x = torch.randn(5, 3, 8, 8) * 3 + 1
+    with torch.no_grad():
+        want = model(x)
+    (got,) = run(tmp_path / "model.onnx", x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_batch_sizes_are_not_written_into_constants(tmp_path):
+    _, _, _ = export(tmp_path, "cnn", "bf16")
+    for batch in (1, 7):
+        (got,) = run(tmp_path / "model.onnx", torch.randn(batch, 3, 16, 16))
+        assert got.shape == (batch, 10)
+
+
+def test_names_and_lines_lead_back_to_the_model(tmp_path):
+    _, _, _ = export(tmp_path, "gpt", "bf16")
+    model = loaded(tmp_path / "model.onnx")
+    names = [node.name for node in model.graph.node]
+    assert len(set(names)) == len(names)
+    assert "blocks.0.mlp.0/MatMul" in names
+    (product,) = [node for node in model.graph.node if node.name == "blocks.0.mlp.0/MatMul"]
+    facts = {p.key: p.value for p in product.metadata_props}
+    assert facts["mpgraph.module"] == "blocks.0.mlp.0"
+    assert facts["mpgraph.line"].startswith("gpt.py:")
+    assert facts["mpgraph.line"].endswith("return x + self.mlp(self.norm2(x))")
+    assert "blocks.0.mlp.0.weight" in initializers(model)
+
+
+def test_the_file_says_what_it_is(tmp_path):
+    torch.manual_seed(0)
+    policy = mpgraph.Policy().pin(module="3", run="fp32")
+    path = tmp_path / "mlp.onnx"
+    mpgraph.export_onnx(MLP(), path, torch.randn(2, 8), precision="bf16", policy=policy)
+    model = loaded(path)
+    facts = {p.key: p.value for p in model.metadata_props}
+    assert facts["mpgraph.precision"] == "bf16"
+    assert facts["mpgraph.policy"] == str(policy)
+    assert facts["mpgraph.target"] == "cpu"
+    assert facts["mpgraph.torch"] == torch.__version__
+    assert model.producer_name == "mpgraph"
+    assert "policy default" in model.graph.doc_string
+    assert initializers(model)["3.weight"] == "FLOAT"
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda", "portable", "web"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_only_standard_operators_and_what_the_target_runs(tmp_path, target, precision):
+    name = "gpt" if (target, precision) == ("cuda", "bf16") else "mlp"
+    _, _, report = export(tmp_path, name, precision, target=target, verify=False)
+    model = loaded(tmp_path / "model.onnx")
+    assert [entry.domain for entry in model.opset_import] == [""]
+    assert len(model.functions) == 0
+    assert report.opset == model.opset_import[0].version == (22 if target == "cuda" else 18)
+    products = {kind for kind in half_operators(model) if kind in ("MatMul", "Gemm", "Add")}
+    assert bool(products) == (target == "cuda")
+    if target in ("portable", "web"):
+        assert half_operators(model) <= {"Cast"}
+
+
+def half_operators(model):
+    """The kinds of the nodes that read or yield 16-bit values."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    halves = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+    low = {v.name for v in graph.value_info if v.type.tensor_type.elem_type in halves}
+    low |= {i.name for i in graph.initializer if i.data_type in halves}
+    return {n.op_type for n in graph.node if low & {*n.input, *n.output}}
+
+
+@pytest.mark.parametrize("opset", [18, 19, 20, 21, 22, 23])
+def test_every_opset_loads_and_agrees(tmp_path, opset):
+    _, _, report = export(tmp_path, "mlp", "bf16", opset=opset)
+    assert report.check.identical
+    assert loaded(tmp_path / "model.onnx").opset_import[0].version == opset
+
+
+@pytest.mark.parametrize("weights", ["16-bit", "fp32"])
+def test_weights_are_stored_as_asked_and_compute_the_same(tmp_path, weights):
+    _, inputs, report = export(tmp_path, "mlp", "bf16", weights=weights)
+    stored = initializers(loaded(tmp_path / "model.onnx"))
+    assert report.check.identical
+    assert stored["0.weight"] == ("BFLOAT16" if weights == "16-bit" else "FLOAT")
+    assert stored["2.weight"] == "FLOAT"  # LayerNorm runs in fp32
+    assert run(tmp_path / "model.onnx", *inputs)[0].shape == (2, 4)
+
+
+def test_pure_16_bit_parameters_stay_16_bit(tmp_path):
+    _, _, report = export(tmp_path, "mlp", "bf16-true", weights="fp32")
+    stored = initializers(loaded(tmp_path / "model.onnx"))
+    assert report.check.identical
+    assert set(stored.values()) == {"BFLOAT16"}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_native_inputs_and_outputs_have_the_dtypes_of_the_graph(tmp_path, precision):
+    model = mpgraph.convert(nn.Linear(4, 2), f"{precision}-true")
+    x = torch.randn(3, 4).to(next(model.parameters()).dtype)
+    path = tmp_path / "linear.onnx"
+    native = mpgraph.export_onnx(model, path, x, io_dtype="native")
+    assert native.inputs == (f"input: {precision}[batch, 4]",)
+    # An fp16 model's results leave in fp32, converted or exported.
+    leaves = "fp32" if precision == "fp16" else "bf16"
+    assert native.outputs == (f"output: {leaves}[batch, 2]",)
+    assert native.check.identical
+    fp32 = mpgraph.export_onnx(model, path, x)
+    assert fp32.inputs == ("input: fp32[batch, 4]",)
+    assert fp32.outputs == ("output: fp32[batch, 2]",)
+    web = mpgraph.export_onnx(model, path, x, io_dtype="native", target="web")
+    assert web.inputs == ("input: fp32[batch, 4]",)
+
+
+def test_names_come_from_the_signature_and_the_result(tmp_path):
+    report = mpgraph.export_onnx(
+        Encoder().eval(), tmp_path / "encoder.onnx", padded(2), precision="fp32", verify=False
+    )
+    assert [line.partition(":")[0] for line in report.inputs] == ["input_ids", "attention_mask"]
+    assert [line.partition(":")[0] for line in report.outputs] == ["logits", "hidden"]
+
+
+def test_dynamic_sizes_can_be_named_and_turned_off(tmp_path):
+    path, x = tmp_path / "mlp.onnx", torch.randn(2, 8)
+    fixed = mpgraph.export_onnx(MLP(), path, x, precision="bf16", dynamic=False)
+    assert fixed.inputs == ("input: fp32[2, 8]",)
+    named = mpgraph.export_onnx(
+        MLP(), path, x, precision="bf16", dynamic={"input": {0: "requests"}}
+    )
+    assert named.inputs == ("input: fp32[requests, 8]",)
+    assert named.outputs == ("output: fp32[requests, 4]",)
+    with pytest.raises(mpgraph.ExportError, match="dynamic names 'y', but the inputs are 'input'"):
+        mpgraph.export_onnx(MLP(), path, x, precision="bf16", dynamic={"y": {0: "n"}})
+
+
+def test_external_data_is_written_on_request_and_found_again(tmp_path):
+    _, inputs, report = export(tmp_path, "mlp", "bf16", external_data=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert report.file_bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
+    assert run(tmp_path / "model.onnx", *inputs)[0].shape == (2, 4)
+
+
+def test_large_weights_go_to_external_data_by_themselves(tmp_path, monkeypatch):
+    monkeypatch.setattr("mpgraph.onnx.files.LARGEST_FILE", 100)
+    export(tmp_path, "mlp", "bf16")
+    assert (tmp_path / "model.onnx.data").exists()
+
+
+def test_a_failed_export_leaves_nothing_and_keeps_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "model.onnx"
+    path.write_text("earlier")
+    monkeypatch.setattr(self_check, "difference", lambda found, wanted: 1.0)
+    with pytest.raises(mpgraph.ExportError, match="computes something else"):
+        export(tmp_path, "mlp", "bf16")
+    assert path.read_text() == "earlier"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_model_in_training_mode_is_exported_in_eval_mode_and_stays_in_training(tmp_path):
+    model = mpgraph.convert(ConvNet(), "bf16").train()
+    model.layers[1].eval()  # frozen by its user
+    before = copy.deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match="in training mode; the file holds its inference"):
+        report = mpgraph.export_onnx(model, tmp_path / "cnn.onnx", torch.randn(2, 3, 16, 16))
+    assert "the model was in training mode" in report.notes[0]
+    assert report.check.units <= UNITS
+    assert model.training
+    assert not model.layers[1].training
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_results_may_be_inputs_or_the_same_twice(tmp_path):
+    class Same(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.linear(x)
+            return x, y, y, None
+
+    path, x = tmp_path / "same.onnx", torch.randn(2, 4)
+    report = mpgraph.export_onnx(Same(), path, x, precision="bf16")
+    assert [line.partition(":")[0] for line in report.outputs] == [
+        "output_0", "output_1", "output_2",
+    ]  # fmt: skip
+    first, second, third = run(path, x)
+    assert torch.equal(first, x)
+    assert torch.equal(second, third)
+
+
+def test_a_report_prints_well(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    report = mpgraph.export_onnx(MLP(), "mlp.onnx", torch.randn(2, 8), precision="bf16")
+    lines = str(report).splitlines()
+    assert lines[0] == "mlp.onnx · bf16 · for cpu, opset 18"
+    assert lines[1].split() == ["takes", "input:", "fp32[batch,", "8]"]
+    assert "casts" in lines[3]
+    assert "gives the bits of the exported graph in torch" in lines[5]
+    assert report.to_dict()["check"]["identical"] is True
+
+
+# What is refused, each with its own words.
+
+
+def test_a_model_that_is_not_converted_is_refused():
+    with pytest.raises(mpgraph.MPGraphError, match="Convert it first"):
+        mpgraph.export_onnx(MLP(), "x.onnx", torch.randn(2, 8))
+
+
+def test_a_converted_part_of_a_model_is_named():
+    model = nn.Sequential(mpgraph.convert(nn.Linear(4, 4), "bf16"), nn.ReLU())
+    with pytest.raises(mpgraph.ExportError, match=r"only its part '0' is\. Export that part"):
+        mpgraph.export_onnx(model, "x.onnx", torch.randn(2, 4))
+
+
+def test_a_precision_for_a_converted_model_is_refused():
+    with pytest.raises(mpgraph.ExportError, match="already converted"):
+        mpgraph.export_onnx(
+            mpgraph.convert(MLP(), "bf16"), "x.onnx", torch.randn(2, 8), precision="fp16"
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "tpu"}, "unknown target 'tpu'; use one of cpu, cuda, portable, web"),
+        ({"opset": 17}, "opset must be a number from 18 to 23, found 17"),
+        ({"opset": "20"}, "opset must be a number from 18 to 23, found '20'"),
+        ({"io_dtype": "fp16"}, "io_dtype must be 'fp32' or 'native', found 'fp16'"),
+        ({"weights": "8-bit"}, "weights must be '16-bit' or 'fp32', found '8-bit'"),
+    ],
+)
+def test_an_unknown_option_is_refused(options, message):
+    with pytest.raises(mpgraph.ExportError, match=message):
+        mpgraph.export_onnx(MLP(), "x.onnx", torch.randn(2, 8), precision="bf16", **options)
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(mpgraph.ExportError, match=r"the folder '.*missing' does not exist"):
+        mpgraph.export_onnx(
+            MLP(), tmp_path / "missing" / "x.onnx", torch.randn(2, 8), precision="bf16"
+        )
+    with pytest.raises(mpgraph.ExportError, match="is a folder; give the name of a file in it"):
+        mpgraph.export_onnx(MLP(), tmp_path, torch.randn(2, 8), precision="bf16")
+
+
+def test_without_the_extra_its_name_is_said(monkeypatch):
+    plain = builtins.__import__
+
+    def blocked(name, *args, **kwargs):
+        if name == "onnxscript":
+            raise ModuleNotFoundError("No module named 'onnxscript'")
+        return plain(name, *args, **kwargs)
+
+    monkeypatch.setattr("importlib.import_module", blocked)
+    with pytest.raises(mpgraph.ExportError, match=r"pip install 'mpgraph\[onnx\]'"):
+        mpgraph.export_onnx(MLP(), "x.onnx", torch.randn(2, 8), precision="bf16")
+
+
+def test_a_model_that_needs_dynamo_is_refused_with_the_reason_and_the_line(tmp_path):
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.linear(x)
+            return y if y.sum() > 0 else -y
+
+    with pytest.raises(mpgraph.ExportError, match="cannot be one graph, and an ONNX file is one"):
+        mpgraph.export_onnx(Branches(), tmp_path / "x.onnx", torch.randn(2, 4), precision="bf16")
+    model = mpgraph.convert(MLP(), "bf16", capture="dynamo")
+    with pytest.raises(mpgraph.ExportError, match="capture='dynamo', which splits it"):
+        mpgraph.export_onnx(model, tmp_path / "x.onnx", torch.randn(2, 8))
+
+
+class Untranslatable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.linalg.matrix_exp(self.linear(x))
+
+
+def test_an_operator_without_translation_is_named_with_its_node_module_and_line(tmp_path):
+    model = nn.Sequential(nn.Identity(), Untranslatable())
+    with pytest.raises(mpgraph.ExportError) as caught:
+        mpgraph.export_onnx(model, tmp_path / "x.onnx", torch.randn(4, 4), precision="bf16")
+    message = str(caught.value)
+    assert "aten.linalg_matrix_exp.default (%linalg_matrix_exp in module '1')" in message
+    assert "test_export.py" in message
+    assert "torch.linalg.matrix_exp(self.linear(x))" in message
+
+
+def test_random_numbers_are_refused_with_their_line(tmp_path):
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return F.dropout(self.linear(x), 0.5)
+
+    with pytest.raises(mpgraph.ExportError, match=r"draws random numbers(.|\n)*F\.dropout"):
+        mpgraph.export_onnx(Noisy(), tmp_path / "x.onnx", torch.randn(4, 4), precision="bf16")
+
+
+@pytest.mark.parametrize("extra", [3, "text", 0.5])
+def test_a_result_that_is_no_tensor_is_refused(tmp_path, extra):
+    class Returns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return {"y": self.linear(x), "extra": extra}
+
+    with pytest.raises(mpgraph.ExportError, match=f"returns {extra!r} as output 'extra'"):
+        mpgraph.export_onnx(Returns(), tmp_path / "x.onnx", torch.randn(4, 4), precision="bf16")
+
+
+def test_a_size_among_the_results_is_refused(tmp_path):
+    class Size(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.linear(x), x.shape[0]
+
+    with pytest.raises(mpgraph.ExportError, match="returns a size or a number"):
+        mpgraph.export_onnx(Size(), tmp_path / "x.onnx", torch.randn(4, 4), precision="bf16")
+
+
+# What fails today.
+
+
+def test_an_autocast_model_through_torch_onnx_is_refused_by_onnxruntime(tmp_path):
+    class Autocast(MLP):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x)
+
+    torch.manual_seed(0)
+    x, path = torch.randn(2, 8), tmp_path / "autocast.onnx"
+    torch.onnx.export(Autocast().eval(), (x,), str(path), dynamo=True, verbose=False)
+    refused = why_refused(path)
+    if not refused:
+        pytest.skip("this onnxruntime runs what torch.onnx makes of an autocast region")
+    assert "LayerNormalization" in refused or "NOT_IMPLEMENTED" in refused
+
+
+def why_refused(path):
+    try:
+        session(path)
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def test_the_same_model_through_mpgraph_runs_to_the_bit(tmp_path):
+    _, inputs, report = export(tmp_path, "mlp", "bf16")
+    assert report.check.identical
+    assert run(tmp_path / "model.onnx", *inputs)[0].dtype is torch.float32
+
+
+def test_a_recurrent_net_keeps_its_onnx_operator(tmp_path):
+    report = mpgraph.export_onnx(
+        Recurrent().eval(), tmp_path / "lstm.onnx", torch.randint(0, 50, (2, 7)), precision="fp32"
+    )
+    assert report.check.error <= FP32
+    assert operators(loaded(tmp_path / "lstm.onnx")).count("LSTM") == 2
