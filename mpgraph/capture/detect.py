@@ -53,6 +53,9 @@ _HOOKED: tuple[tuple[Any, str, str], ...] = (
     (torch.Tensor, "register_hook", "a tensor hook"),
     (torch.Tensor, "register_post_accumulate_grad_hook", "a gradient hook"),
     (torch.Tensor, "retain_grad", "retain_grad() on an intermediate value"),
+)
+# Calls that compute gradients inside of forward.
+_COMPUTING: tuple[tuple[Any, str, str], ...] = (
     (torch.Tensor, "backward", "a backward pass inside forward"),
     (torch.autograd, "grad", "torch.autograd.grad inside forward"),
     (torch.autograd, "backward", "a backward pass inside forward"),
@@ -60,19 +63,23 @@ _HOOKED: tuple[tuple[Any, str, str], ...] = (
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[None]:
-    """Raise :class:`NeedsDynamo` for what tracing would drop, while the block runs."""
+def watch(*, forward_only: bool = False) -> Iterator[None]:
+    """Raise :class:`NeedsDynamo` for what tracing would drop, while the block runs.
+
+    With ``forward_only``, not for what acts on gradients alone: there will be none.
+    """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_watch_functions())
-        for owner, name, what in _HOOKED:
+        for owner, name, what in _COMPUTING if forward_only else (*_HOOKED, *_COMPUTING):
             stack.enter_context(replaced(owner, name, _refusal(what, getattr(owner, name))))
         for script in (torch._C.ScriptFunction, torch._C.ScriptMethod):
             what = "what TorchScript casts and optimises by itself"
             stack.enter_context(replaced(script, "__call__", _refusal(what, script.__call__)))
-        stack.enter_context(_watch_nodes())
-        stack.enter_context(_watch_saved_tensors())
+        if not forward_only:
+            stack.enter_context(_watch_functions())
+            stack.enter_context(_watch_nodes())
+            stack.enter_context(_watch_saved_tensors())
+            stack.enter_context(_watch_checkpoints())
         stack.enter_context(_watch_dispatch_modes())
-        stack.enter_context(_watch_checkpoints())
         stack.enter_context(_watch_random())
         stack.enter_context(_watch_generator())
         yield

@@ -59,6 +59,8 @@ class Call:
         names: A readable name per leaf.
         dynamic: Per leaf, the dimensions whose size may vary.
         says_compiling: What ``torch.compiler.is_compiling()`` answers inside the model.
+        forward_only: The graph is never asked for gradients: what acts on them alone (a custom
+            backward, hooks, checkpoints) need not be carried.
     """
 
     leaves: Sequence[torch.Tensor]
@@ -66,6 +68,7 @@ class Call:
     names: Sequence[str]
     dynamic: Sequence[frozenset[int]]
     says_compiling: bool = False
+    forward_only: bool = False
 
     def describe(self) -> str:
         """The attempt in a few words, for the log."""
@@ -201,7 +204,7 @@ def _trace(
         writes_taken_back(),
         _quiet(),
         torch.random.fork_rng(devices=[]),
-        watch(),
+        watch(forward_only=plan.call.forward_only),
         _same_containers(plan.model),
     ):
         with autocast, plan.marks.made(), other_threads_untraced():

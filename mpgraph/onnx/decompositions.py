@@ -158,5 +158,8 @@ OWN: dict[Any, Callable[..., Any]] = {
     aten.adaptive_max_pool3d.default: _adaptive_max_pool,
     # torch.onnx takes class probabilities for class numbers.
     aten.cross_entropy_loss.default: _composite(aten.cross_entropy_loss.default),
+    # Its ignore_index may be a size, which torch.onnx does not take.
+    aten.nll_loss.default: _composite(aten.nll_loss.default),
+    aten.nll_loss_forward.default: torch._decomp.decomposition_table[aten.nll_loss_forward.default],
     aten.rrelu_with_noise_functional.default: _rrelu,
 }

@@ -64,8 +64,8 @@ def capture_inference(
     names = argument_names(spec)
     dims, axes = _dynamic(dynamic, leaves, names)
     with _in_eval_mode(model), torch.no_grad():
-        context = state.context()
-        captured = _capture(state, model, Call(leaves, spec, names, dims), context)
+        call = Call(leaves, spec, names, dims, forward_only=True)
+        captured = _capture(state, model, call)
         outputs = output_names(captured.output)
         values = state_values(model, captured, weights)
     notes = [f"the file does not do what forward does to {_path(a)}" for a in captured.assignments]
@@ -101,7 +101,7 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _capture(state: State, model: nn.Module, call: Call, context: Any) -> Captured:
+def _capture(state: State, model: nn.Module, call: Call) -> Captured:
     if state.settings.capture == "dynamo":
         raise ExportError(
             "the model was converted with capture='dynamo', which splits it into several graphs; "
@@ -109,7 +109,7 @@ def _capture(state: State, model: nn.Module, call: Call, context: Any) -> Captur
         )
     failure: BaseException
     try:
-        return export_call(state, model, call, context)[0]
+        return export_call(state, model, call, state.context())[0]
     except MPGraphError:
         raise
     except (NeedsDynamo, Exception) as error:

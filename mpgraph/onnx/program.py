@@ -95,8 +95,16 @@ def make_functional(
     Module paths and source lines stay on the nodes. ``half_products`` as for
     :func:`mpgraph.onnx.decompositions.decompositions`.
     """
-    with quiet():
-        made = program.run_decompositions(decompositions(half_products=half_products))
+    table = decompositions(half_products=half_products)
+    try:
+        with quiet():
+            made = program.run_decompositions(table)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise ExportError(
+            f"torch cannot make the graph functional: {type(error).__name__}: {first}"
+        ) from error
+    _refuse_effects(made.graph)
     signature, gm = made.graph_signature, made.graph_module
     results = gm.graph.output_node().args[0]
     kept = [
@@ -115,6 +123,16 @@ def make_functional(
     for node in gm.graph.nodes:
         node.meta["module_path"] = _module_path(node)
     return gm, state
+
+
+def _refuse_effects(graph: fx.Graph) -> None:
+    """Calls that are kept in order for what they do besides, such as raising errors."""
+    kept = graph.find_nodes(op="call_function", target=torch.ops.higher_order.with_effects)
+    if kept:
+        names = ", ".join(sorted({str(node.args[1]) for node in kept}))
+        raise ExportError(
+            f"the model calls operators with side effects, which ONNX does not have: {names}"
+        )
 
 
 def _module_path(node: fx.Node) -> str:

@@ -7,6 +7,7 @@ mpgraph is loaded here. The folder holds ``call.json`` and one array per input; 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -17,9 +18,8 @@ _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16: numpy has no such dtype, so its bit
 
 def main(folder: Path) -> None:
     """Run the call that the folder describes."""
-    import numpy
-    import onnxruntime
-
+    numpy: Any = importlib.import_module("numpy")
+    onnxruntime: Any = importlib.import_module("onnxruntime")
     onnxruntime.set_default_logger_severity(4)
     call: dict[str, Any] = json.loads((folder / "call.json").read_text(encoding="utf-8"))
     options = onnxruntime.SessionOptions()

@@ -51,7 +51,7 @@ class BatchStatistics(nn.Module):
         self.group = nn.GroupNorm(2, 8)
 
     def forward(self, x):
-        return self.group(self.instance(self.batch(self.conv(x)).relu())).mean((2, 3))
+        return self.group(self.instance(self.batch(self.conv(x)).relu())).relu().mean((2, 3))
 
 
 class LanguageModel(GPT):
