@@ -75,6 +75,20 @@ def test_compile_page_shows_its_example_as_it_is():
     assert code in blocks(ROOT / "docs" / "compile.md", "python")
 
 
+def test_export_example_runs_without_torch_and_is_shown_as_it_is(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / "export_onnx.py"))
+    printed = capsys.readouterr().out
+    assert float(printed.rpartition("\n")[0].rpartition("\n")[2].partition("%")[0]) > 70
+    assert "of the exported graph in torch" in printed
+    document = ROOT / "docs" / "onnx.md"
+    _, _, code = (EXAMPLES / "export_onnx.py").read_text().partition('"""\n\n')
+    assert code in blocks(document, "python")
+    shown = blocks(document, "text")[0]
+    assert printed.splitlines()[:5] == shown.splitlines()[:5]
+
+
 def test_overflow_example_finds_pins_and_trains(capsys, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)

@@ -70,6 +70,7 @@ def capture_inference(
         values = state_values(model, captured, weights)
     notes = [f"the file does not do what forward does to {_path(a)}" for a in captured.assignments]
     gm = captured.graph_module
+    notes += _fixed_sizes(gm, dims)
     _keep_results(gm, len(outputs))
     _drop_gradients(gm)
     _cast_in_file(gm, values)
@@ -84,6 +85,21 @@ def capture_inference(
         gm, state_of_graph, [leaves[i] for i in places], [names[i] for i in places], outputs,
         axes, notes,
     )  # fmt: skip
+
+
+def _fixed_sizes(gm: fx.GraphModule, dims: Sequence[frozenset[int]]) -> Iterator[str]:
+    """Sizes that were to vary, and do not."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        slot = node.meta["slot"]
+        for dim in sorted(dims[slot.index]) if slot.kind == "input" else ():
+            size = node.meta["val"].shape[dim]
+            if isinstance(size, int) or size.node.expr.is_number:
+                why = (
+                    "give an example with a larger one"
+                    if size == 1
+                    else ("the model computes with it as a number")
+                )
+                yield f"{slot.target}: the size {size} of dimension {dim} is fixed; {why}"
 
 
 def _path(assignment: Any) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import mpgraph
 from mpgraph.onnx import self_check
@@ -268,6 +269,53 @@ def test_dynamic_sizes_can_be_named_and_turned_off(tmp_path):
     assert named.outputs == ("output: fp32[requests, 4]",)
     with pytest.raises(mpgraph.ExportError, match="dynamic names 'y', but the inputs are 'input'"):
         mpgraph.export_onnx(MLP(), path, x, precision="bf16", dynamic={"y": {0: "n"}})
+
+
+def test_a_size_that_the_model_fixes_is_noted(tmp_path):
+    class Fixes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.linear(x) + torch.arange(len(x))[:, None]
+
+    path = tmp_path / "x.onnx"
+    report = mpgraph.export_onnx(Fixes(), path, torch.randn(3, 4), precision="bf16")
+    assert report.notes[-1] == (
+        "x: the size 3 of dimension 0 is fixed; the model computes with it as a number"
+    )
+    report = mpgraph.export_onnx(MLP(), path, torch.randn(1, 8), precision="bf16")
+    assert "give an example with a larger one" in report.notes[-1]
+
+
+def test_what_acts_on_gradients_alone_is_left_out(tmp_path):
+    # Training keeps these through Dynamo; inference does not need them.
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    class Hooked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = checkpoint(self.linear, x, use_reentrant=False)
+            if y.requires_grad:
+                y.register_hook(lambda grad: grad * 2)
+            return Square.apply(y)
+
+    model = mpgraph.convert(Hooked().eval(), "bf16")
+    report = mpgraph.export_onnx(model, tmp_path / "x.onnx", torch.randn(3, 4))
+    assert report.check.identical
+    model(torch.randn(3, 4)).sum().backward()
+    assert mpgraph.explain(model).graphs[0].engine == "dynamo"
 
 
 def test_external_data_is_written_on_request_and_found_again(tmp_path):
