@@ -146,6 +146,7 @@ def _lower(graph: Inference, target: Target, state: State) -> tuple[fx.GraphModu
     half_products = any(target.runs("Gemm", dtype) for dtype in HALVES)
     gm, values = make_functional(program, half_products=half_products)
     refuse_untranslated(gm.graph)
+    graph.notes += [f"the file does not do what forward writes to {n}" for n in gm.meta["writes"]]
     settings = state.settings
     context = TargetContext(settings.policy, settings.precision.compute, target=target)
     run_passes(gm, [legalize], context)

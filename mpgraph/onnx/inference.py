@@ -68,10 +68,13 @@ def capture_inference(
         captured = _capture(state, model, call)
         outputs = output_names(captured.output)
         values = state_values(model, captured, weights)
-    notes = [f"the file does not do what forward does to {_path(a)}" for a in captured.assignments]
+    notes = [
+        f"the file does not do what forward assigns to {_path(a)}" for a in captured.assignments
+    ]
     gm = captured.graph_module
     notes += _fixed_sizes(gm, dims)
-    _keep_results(gm, len(outputs))
+    outputs, left_out = _keep_tensors(gm, outputs, captured.output)
+    notes += left_out
     _drop_gradients(gm)
     _cast_in_file(gm, values)
     slots = [n.meta["slot"] for n in gm.graph.find_nodes(op="placeholder")]
@@ -163,8 +166,13 @@ def output_names(spec: Spec) -> list[str]:
         ExportError: The result holds numbers, which a file cannot return.
     """
     _refuse_numbers(spec)
-    names = [name or "output" for name in leaf_names(spec)]
-    return [f"output_{name}" if name[0].isdigit() else name for name in names]
+    return [_output_name(name) for name in leaf_names(spec)]
+
+
+def _output_name(name: str) -> str:
+    if not name:
+        return "output"
+    return f"output_{name}" if name[0].isdigit() else name
 
 
 def _refuse_numbers(spec: Spec) -> None:
@@ -215,16 +223,32 @@ def _value(model: nn.Module, captured: Captured, slot: Slot, weights: str) -> to
     return value.to(slot.dtype) if narrower and weights == "16-bit" else value
 
 
-def _keep_results(gm: fx.GraphModule, count: int) -> None:
-    """Return the model's result alone: in a file, nothing can be assigned to a module."""
+def _keep_tensors(
+    gm: fx.GraphModule, names: Sequence[str], spec: Spec
+) -> tuple[list[str], list[str]]:
+    """Return the model's tensors alone: their names, and notes of what is left out.
+
+    What forward assigns to modules is left out, and so are sizes deep inside of a result, such as
+    the length that a key-value cache counts. A size that is a result itself is refused.
+    """
     output = gm.graph.output_node()
-    output.args = (tuple(cast("tuple[Any, ...]", output.args[0])[:count]),)
-    for result in cast("tuple[Any, ...]", output.args[0]):
-        if not isinstance(result, fx.Node) or not ir.is_tensor(result.meta.get("val")):
-            raise ExportError(
-                "forward returns a size or a number; an ONNX file returns tensors alone. Return "
-                "it as a tensor, or leave it out in eval mode."
-            )
+    results = cast("tuple[Any, ...]", output.args[0])[: len(names)]
+    kept = [(n, r) for n, r in zip(names, results, strict=True) if _is_tensor(r)]
+    others = [n for n, r in zip(names, results, strict=True) if not _is_tensor(r)]
+    shallow = {"output", *(_output_name(name) for name in getattr(spec, "names", ()))}
+    if refused := [name for name in others if name in shallow]:
+        raise ExportError(
+            f"forward returns a size or a number ({refused[0]}); an ONNX file returns tensors "
+            "alone. Return it as a tensor, or leave it out in eval mode."
+        )
+    output.args = (tuple(result for _, result in kept),)
+    return [name for name, _ in kept], [
+        f"{name} is a number; the file leaves it out" for name in others
+    ]
+
+
+def _is_tensor(result: Any) -> bool:
+    return isinstance(result, fx.Node) and ir.is_tensor(result.meta.get("val"))
 
 
 def _drop_gradients(gm: fx.GraphModule) -> None:

@@ -92,7 +92,8 @@ def make_functional(
     """The program as a functional ATen graph of what torch.onnx translates, and its state.
 
     Operators that torch.onnx translates whole (``linear``, ``layer_norm``, attention) stay whole.
-    Module paths and source lines stay on the nodes. ``half_products`` as for
+    Module paths and source lines stay on the nodes. What the model writes to, beside its results,
+    is not returned: ``meta["writes"]`` names it. ``half_products`` as for
     :func:`mpgraph.onnx.decompositions.decompositions`.
     """
     table = decompositions(half_products=half_products)
@@ -113,6 +114,11 @@ def make_functional(
         if spec.kind is OutputKind.USER_OUTPUT
     ]
     gm.graph.output_node().args = (tuple(kept),)
+    gm.meta["writes"] = [
+        spec.target
+        for spec in signature.output_specs
+        if spec.kind is not OutputKind.USER_OUTPUT and spec.target is not None
+    ]
     state: dict[str, tuple[str, torch.Tensor]] = {}
     for spec in signature.input_specs:
         name = getattr(spec.arg, "name", "")
@@ -122,7 +128,14 @@ def make_functional(
             state[name] = (spec.target, cast(torch.Tensor, values[spec.target]))
     for node in gm.graph.nodes:
         node.meta["module_path"] = _module_path(node)
+        if node.target in _VIEWS:
+            # In fp32, an operator may lay its result out so that it cannot be viewed.
+            node.target = torch.ops.aten.reshape.default
+    gm.recompile()
     return gm, state
+
+
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 
 def _refuse_effects(graph: fx.Graph) -> None:

@@ -289,6 +289,28 @@ def test_a_size_that_the_model_fixes_is_noted(tmp_path):
     assert "give an example with a larger one" in report.notes[-1]
 
 
+def test_what_forward_writes_beside_its_result_is_noted(tmp_path):
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("total", torch.zeros(4))
+
+        def forward(self, x):
+            self.total += x.sum(0)
+            self.last = x
+            return self.linear(x)
+
+    model = mpgraph.convert(Counts().eval(), "bf16")
+    report = mpgraph.export_onnx(model, tmp_path / "x.onnx", torch.randn(3, 4))
+    assert report.notes == (
+        "the file does not do what forward assigns to last",
+        "the file does not do what forward writes to total",
+    )
+    assert report.check.identical
+    assert model.total.tolist() == [0, 0, 0, 0]
+
+
 def test_what_acts_on_gradients_alone_is_left_out(tmp_path):
     # Training keeps these through Dynamo; inference does not need them.
     class Square(torch.autograd.Function):
