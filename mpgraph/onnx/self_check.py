@@ -19,10 +19,12 @@ from mpgraph.onnx.report import Check
 from mpgraph.onnx.targets import Target
 
 # What a wrong file exceeds and roundings do not: the largest difference, relative to the largest
-# element. Roundings of single nodes are 2**-9 in bf16, 2**-12 in fp16; a deep model adds up some.
+# element. One value that rounds the other way differs by 2**-8 in bf16, 2**-11 in fp16; a deep net
+# may amplify that: an untrained EfficientNet differs by 2**-7 in fp16, as it does when one pixel
+# changes by 0.01.
 TOLERANCES: dict[torch.dtype | None, float] = {
-    torch.bfloat16: 2**-4,
-    torch.float16: 2**-7,
+    torch.bfloat16: 2**-3,
+    torch.float16: 2**-5,
     None: 1e-3,
 }
 
