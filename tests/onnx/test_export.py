@@ -389,6 +389,51 @@ def test_a_failed_export_leaves_nothing_and_keeps_what_was_there(tmp_path, monke
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_transposed_16_bit_batch_in_front_of_a_product_runs(tmp_path):
+    # Were the transpose in 16 bit, onnxruntime 1.31 would crash while it optimizes the file.
+    class Swaps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 12, bias=False)
+
+        def forward(self, x):
+            return self.second(self.first(x).transpose(0, 1))
+
+    report = mpgraph.export_onnx(
+        Swaps().eval(), tmp_path / "x.onnx", torch.randn(2, 7, 16), precision="bf16"
+    )
+    assert report.check.units <= UNITS
+
+
+def test_a_crash_of_onnxruntime_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+    crash = tmp_path / "crash.py"
+    crash.write_text("import os; os.kill(os.getpid(), 11)")
+    monkeypatch.setattr("mpgraph.onnx.run_apart.__file__", str(crash))
+    with pytest.raises(mpgraph.ExportError, match=r"onnxruntime crashes on the file \(signal 11\)"):
+        export(tmp_path, "mlp", "bf16")
+    assert list(tmp_path.iterdir()) == [crash]
+
+
+def test_unknown_sizes_get_no_name(tmp_path):
+    # "None" as a name would say that all unknown sizes are equal, and buffers be shared wrongly.
+    class Finds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            pad = F.pad(self.linear(x), (1, 2), mode="circular")
+            return F.pad(pad, (3, 1), mode="circular")
+
+    report = mpgraph.export_onnx(
+        Finds().eval(), tmp_path / "x.onnx", torch.randn(2, 3, 4), precision="bf16"
+    )
+    assert report.check.identical
+    graph = loaded(tmp_path / "x.onnx").graph
+    named = {d.dim_param for v in graph.value_info for d in v.type.tensor_type.shape.dim}
+    assert "None" not in named
+
+
 def test_a_model_in_training_mode_is_exported_in_eval_mode_and_stays_in_training(tmp_path):
     model = mpgraph.convert(ConvNet(), "bf16").train()
     model.layers[1].eval()  # frozen by its user
