@@ -28,7 +28,7 @@ class CodeState:
         )
         self.tables = [vars(c) for c in self.classes]
         functions = [*_hooks(modules), *(f for c in self.classes for f in _functions(c))]
-        names = {name for f in functions for name in _names(f.__code__)}
+        names = {name for f in functions for name in names_in(f.__code__)}
         # A table and a name in it; for a class, the class to set it on.
         self.places: list[tuple[Any, str, type | None]] = []
         self.containers: list[tuple[str, Any]] = []
@@ -38,7 +38,7 @@ class CodeState:
             if isinstance(table.get("forward"), types.FunctionType):
                 self.places.append((table, "forward", owner))
         for function in functions:
-            read = sorted(set(_names(function.__code__)) & function.__globals__.keys())
+            read = sorted(set(names_in(function.__code__)) & function.__globals__.keys())
             self._take(function.__globals__, None, read, "")
             defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
             where = f"a default argument of {function.__qualname__}"
@@ -107,8 +107,9 @@ def _functions(cls: type) -> Iterator[types.FunctionType]:
             yield function
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
+def names_in(code: types.CodeType) -> Iterator[str]:
+    """The globals and attributes that a function names, with those of the functions inside it."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+            yield from names_in(constant)

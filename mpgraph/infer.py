@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
@@ -119,6 +119,17 @@ def fake_mode_of(*values: Any) -> contextlib.AbstractContextManager[Any]:
         if isinstance(leaf, FakeTensor):
             return leaf.fake_mode
     return contextlib.nullcontext()
+
+
+def forget_real_tensors(*graphs: fx.GraphModule) -> None:
+    """Let go of the real tensors that the fake values of graphs were made from.
+
+    torch.utils.swap_tensors refuses a tensor that anything holds weakly.
+    """
+    for gm in graphs:
+        mode = fake_mode_of([node.meta.get("val") for node in gm.graph.nodes])
+        if isinstance(mode, FakeTensorMode):
+            mode.fake_tensor_converter.meta_converter.describer.lookup_tensor.clear()
 
 
 def _leaves(value: Any) -> list[Any]:

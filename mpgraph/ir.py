@@ -248,6 +248,12 @@ def is_parameter(node: fx.Node) -> bool:
     return node.op == "placeholder" and bool(node.meta.get("leaf"))
 
 
+def crosses_graphs(graph: fx.Graph) -> bool:
+    """Whether this is one of several graphs of a call, which share what Python holds."""
+    owner = graph.owning_module
+    return owner is not None and bool(owner.meta.get("crossing"))
+
+
 def operator_name(node: fx.Node) -> str:
     """The name by which the operator table knows the node: ``aten.linear.default``."""
     return str(node.target)

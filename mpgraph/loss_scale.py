@@ -103,12 +103,14 @@ class LossScale:
         the floor and the ceiling, and with the hysteresis.
         """
         found = found_inf > 0
-        left = torch.where(found, hysteresis_tracker - 1, self.hysteresis)
+        left, lower = hysteresis_tracker, scale * self.backoff_factor
+        if self.hysteresis > 1:
+            left = torch.where(found, hysteresis_tracker - 1, self.hysteresis)
+            lower = torch.where(left > 0, scale, lower)
         counted = growth_tracker + 1
         grown = scale * self.growth_factor
         grows = (counted == self.growth_interval) & grown.isfinite()
         finite = torch.where(grows, grown, scale)
-        lower = torch.where(left > 0, scale, scale * self.backoff_factor)
         tracker = torch.where(found | (counted == self.growth_interval), 0, counted)
         return [
             torch.where(found, lower, finite).clamp(self.min_scale, self.max_scale),

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import threading
 import types
 import weakref
@@ -24,13 +25,13 @@ from mpgraph.loss_scale import CurrentScale, LossScale
 from mpgraph.module_tree import ModuleTree
 from mpgraph.notes import add_place
 from mpgraph.pipeline import PassContext, PassReport
-from mpgraph.plain import STATE
+from mpgraph.plain import STATE, global_hooks
 from mpgraph.policy import Policy
 from mpgraph.precision import Precision
 from mpgraph.signature import Signature
 from mpgraph.structure import Spec, count_leaves, flatten, same_leaves, unflatten
 from mpgraph.warn import warn
-from mpgraph.weights import WeightCopies
+from mpgraph.weights import WeightCopies, is_trainable_leaf
 
 _local = threading.local()
 # The same, as Dynamo can read it: whether it traces for mpgraph, or for the user.
@@ -120,6 +121,13 @@ class MixedPrecision:
         cast(Any, super()).__setstate__(state)
         state_of(self).belongs_to(cast(nn.Module, self))
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """What moves a module, by itself or as a part of another: the loss scale goes along."""
+        result = cast(Any, super())._apply(*args, **kwargs)
+        if isinstance(state := vars(self).get(STATE), State):
+            state.settle(cast(nn.Module, self))
+        return result
+
 
 def _rebuild(original: type[nn.Module]) -> Any:
     cls = converted_class(original)
@@ -191,8 +199,23 @@ class State:
 
         self.model: Callable[[], nn.Module | None] = weakref.ref(model)
         self.region = region.run_region
+        self.settle(model)
         self.rewriter = region.rewriter_of(self)
         self.body = region.body_of(self.original_forward(), self.settings)
+
+    def settle(self, model: nn.Module) -> None:
+        """Be on the device where the model is now, the loss scale too, before anything is traced.
+
+        Compiled code that had met a scale on the CPU would wait for the GPU at every step.
+        """
+        tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+        if tensor is None or tensor.is_meta:
+            return
+        self.scale.move(tensor.device)
+        if tensor.device.type != self.settings.device:
+            self.settings = dataclasses.replace(self.settings, device=tensor.device.type)
+            self._reset()
+            self.belongs_to(model)
 
     def again(self, settings: Settings) -> State:
         """The state of the same module, converted anew: the loss scale is where it was."""
@@ -305,7 +328,14 @@ class State:
             self._by_key.clear()
             self.dynamo = None
             self._tree = ModuleTree(model)
+        if self.dynamo is not None and self.dynamo.hooks != global_hooks():
+            self._forget_dynamo()
         return self._tree
+
+    def _forget_dynamo(self) -> None:
+        self.dynamo = None
+        for key, entries in self._by_key.items():
+            self._by_key[key] = [entry for entry in entries if entry.engine != "dynamo"]
 
     def _captured(self, model: nn.Module, leaves: list[Any], spec: Spec) -> Any:
         entries = self._by_key.get(self._key(model, leaves, spec), [])
@@ -337,12 +367,13 @@ class State:
 
     def _capture(self, model: nn.Module, leaves: list[Any], spec: Spec, entries: list[Any]) -> Any:
         from mpgraph.capture.engines import capture_call
-        from mpgraph.capture.saved import hidden_from_saved_tensors_hooks
+        from mpgraph.capture.saved import (
+            hidden_from_dispatch_modes,
+            hidden_from_saved_tensors_hooks,
+        )
 
         self._refuse_growth()
-        if (parameter := next(model.parameters(), None)) is not None:
-            self.scale.move(parameter.device)
-        with hidden_from_saved_tensors_hooks():
+        with hidden_from_saved_tensors_hooks(), hidden_from_dispatch_modes():
             return capture_call(self, model, leaves, spec, entries)
 
     def _refuse_growth(self) -> None:
@@ -406,7 +437,7 @@ def tracing_step(call: Callable[..., Any]) -> Iterator[None]:
 
 def _describe(leaf: Any) -> tuple[Any, ...]:
     if isinstance(leaf, torch.Tensor):
-        gradient = (leaf.requires_grad, leaf.is_leaf)
+        gradient = (leaf.requires_grad, is_trainable_leaf(leaf))
         # Sparse tensors know no contiguity, and some refuse to be asked.
         layout = leaf.is_contiguous() if leaf.layout is torch.strided else leaf.layout
         return type(leaf), leaf.dtype, leaf.dim(), leaf.device, gradient, layout

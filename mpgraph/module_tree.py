@@ -102,6 +102,10 @@ class ModuleTree:
                 found.append((position, index, name))
         return tuple(found)
 
+    def parameters(self) -> list[int]:
+        """The identities of the parameters that are in their places now."""
+        return [id(table.get(name)) for table, name, _ in self._parameters]
+
     def training(self) -> tuple[bool, ...]:
         """The training flag of every module."""
         return tuple([module.training for module in self.modules])

@@ -17,6 +17,11 @@ GLOBAL_HOOKS: tuple[dict[int, Any], ...] = tuple(
 )
 
 
+def global_hooks() -> list[Any]:
+    """The hooks on every module there is, as they are now."""
+    return [hook for table in GLOBAL_HOOKS for hook in table.values()]
+
+
 class Tables(NamedTuple):
     """A module's own tables."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,17 @@ from mpgraph.group_copies import copy_all
 _caches: weakref.WeakSet[WeightCopies] = weakref.WeakSet()
 _SAMPLES = 509
 _WHOLE = 8192
+
+
+@dataclasses.dataclass(eq=False)
+class _Together:
+    """Copies that were made in one go, and lead back to all their parameters.
+
+    Once one of these has other memory, the others are made again too: torch.utils.swap_tensors
+    lets the way back to what it swaps raise an error.
+    """
+
+    are_valid: bool = True
 
 
 class WeightCopies:
@@ -63,25 +75,30 @@ class WeightCopies:
             return copy_all(parameters, dtype, scale)
         # Not read from the table at the end: another thread's optimizer may have emptied it.
         found = {id(p): self._kept(p, dtype, scale) for p in parameters}
-        stale = {id(p): p for p in parameters if found[id(p)] is None}
-        if stale:
+        if any([copy is None for copy in found.values()]):
+            # Once more, without those that were made together with one that was swapped.
+            found = {id(p): self._kept(p, dtype, scale) for p in parameters}
+            stale = {id(p): p for p in parameters if found[id(p)] is None}
             made = copy_all([*stale.values()], dtype, scale)
+            together = _Together()
             for p, copy in zip(stale.values(), made, strict=True):
-                self._copies[id(p), dtype] = (p, _state(p), copy, scale)
+                self._copies[id(p), dtype] = (p, _state(p), copy, scale, together)
                 found[id(p)] = copy
         return [found[id(p)] for p in parameters]
 
     def _kept(self, parameter: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> Any:
         """The copy from before, or None if the parameter is another now."""
         kept = self._copies.get((id(parameter), dtype))
+        if kept is None or not kept[4].are_valid:
+            return None
         if (
-            kept is not None
-            and kept[0] is parameter
+            kept[0] is parameter
             and kept[1] == _state(parameter)
             and kept[3] is scale
             and torch.equal(_sample(parameter).to(dtype), _sample(kept[2]))
         ):
             return kept[2]
+        kept[4].are_valid = kept[0].data_ptr() == kept[1][1]
         return None
 
     def clear(self) -> None:
@@ -93,6 +110,19 @@ class WeightCopies:
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return WeightCopies, ()
+
+
+def is_trainable_leaf(value: Any) -> bool:
+    """Whether torch.autocast would keep one 16-bit copy of this tensor for its whole region.
+
+    The condition is cached_cast's in aten/src/ATen/autocast_mode.cpp.
+    """
+    return (
+        isinstance(value, torch.Tensor)
+        and value.requires_grad
+        and value.is_leaf
+        and not value._is_view()
+    )
 
 
 def _state(parameter: torch.Tensor) -> tuple[Any, ...]:

@@ -19,21 +19,29 @@ def hoist_weight_casts(graph: fx.Graph, context: PassContext) -> int:
     """Turn ``to(p_weight, bf16)`` into an input ``w_weight_bf16`` of the graph.
 
     The caller makes the 16-bit copy, with its way back to the parameter, and keeps it while the
-    parameter is unchanged. Not hoisted: a parameter that the graph writes to, a cast inside
-    ``no_grad``, and one of three or more ways back to the same parameter whose gradients would
-    be added in another order.
+    parameter is unchanged. In a graph from Dynamo the same goes for every leaf that it is given,
+    whose copy the other graphs of the call use as well. Not hoisted: a parameter that the graph
+    writes to, a cast inside ``no_grad``, and one of three or more ways back to the same parameter
+    whose gradients would be added in another order.
     """
     writes = ir.Writes(graph)
     edits = 0
     for source in list(graph.find_nodes(op="placeholder")):
-        slot = source.meta.get("slot")
-        if slot is None or slot.kind != "parameter" or writes.anywhere(source):
+        if not _has_one_copy(source) or writes.anywhere(source):
             continue
         casts = [u for u in source.users if ir.is_cast(u) and ir.is_inserted(u)]
         if len(casts) == 1 and _keeps_order(casts[0]) and _same_grad(casts[0], context):
             _hoist(graph, source, casts[0])
             edits += 1
     return edits
+
+
+def _has_one_copy(source: fx.Node) -> bool:
+    """Whether torch.autocast would keep a copy for longer than this graph runs."""
+    slot = source.meta.get("slot")
+    if slot is None or slot.kind == "parameter":
+        return slot is not None
+    return ir.is_parameter(source) and ir.crosses_graphs(source.graph)
 
 
 def _keeps_order(copy: fx.Node) -> bool:

@@ -147,7 +147,7 @@ class _Scaler:
         leaves = returned if isinstance(returned, (list, tuple)) else (returned,)
         owner = self.graph.owning_module
         assert owner is not None
-        if owner.meta.get("crossing"):
+        if ir.crosses_graphs(self.graph):
             return
         results = [
             leaf for leaf in leaves[: owner.meta.get("results")] if isinstance(leaf, fx.Node)

@@ -161,6 +161,11 @@ def sets_random_state(m, x):
     return F.dropout(m.c(y), 0.5)
 
 
+def seeds_alone(m, x):
+    torch.manual_seed(5)
+    return m.c(x) * torch.rand(())
+
+
 def seeds_the_default_generator(m, x):
     torch.default_generator.manual_seed(11)
     return F.dropout(m.c(x), 0.3)
@@ -292,6 +297,7 @@ LOST = [
     (seeds_inside_fork_rng, "seeds or sets torch's random numbers"),
     (fork_rng_alone, "seeds or sets torch's random numbers"),
     (sets_random_state, "seeds or sets torch's random numbers"),
+    (seeds_alone, "seeds or sets torch's random numbers"),
     (seeds_the_default_generator, "seeds or sets torch's random numbers"),
     (reads_the_seed, "seeds or sets torch's random numbers"),
     (saved_tensors_hooks, "saved_tensors_hooks acts on saved tensors"),

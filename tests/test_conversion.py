@@ -563,3 +563,16 @@ def test_importing_mpgraph_loads_no_torch():
 def test_a_precision_in_capitals_is_not_taken_for_another_one():
     with pytest.raises(mpgraph.PrecisionError, match="Did you mean 'bf16'"):
         mpgraph.convert(nn.Linear(4, 4), "BF16")
+
+
+def test_a_model_that_is_moved_takes_its_settings_and_its_loss_scale_along(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = mpgraph.convert(nn.Sequential(nn.Linear(2, 2)), "fp16")
+    state, moved = state_of(model), []
+    state.settings = dataclasses.replace(state.settings, device="cuda")  # as if it had been there
+    monkeypatch.setattr(state.scale, "move", lambda device: moved.append(device.type))
+    nn.Sequential(model).to("cpu")
+    assert state.settings.device == "cpu"
+    assert moved
+    assert set(moved) == {"cpu"}

@@ -1,11 +1,17 @@
 """Time a training step, every way to run it, in one run: mpgraph ÷ what people use today.
 
-    python tools/bench.py [--models gpt mlp] [--precision fp16] [--device cuda] [--json FILE]
+    python tools/bench.py [--models gpt mlp] [--precision fp16] [--device cuda]
+                          [--json FILE] [--markdown FILE] [--plot FILE]
 
 All ways start from the same weights, see the same batch, and take their steps in turn, the order
 changing from step to step; compiling and warm-up stay apart. Ratios are medians of the ratio of
 neighbouring steps to the best that users have without mpgraph: ``torch.compile`` of the model
 under ``torch.autocast``, with a fused AdamW (and ``GradScaler`` in fp16).
+
+Casts are counted in the graphs that Inductor is given, forward, backward and update; most of them
+end inside a fused kernel. The cache of AOTAutograd is off: in torch 2.11 its key leaves out the
+dtype of an autocast region around the compiled call, so that a peer in fp16 would run what was
+compiled for bf16.
 """
 
 from __future__ import annotations
@@ -19,8 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
+from bench_counts import Casts, launches, peak_bytes
 from bench_eager import DTYPES, machine, write
 from bench_models import CASES, case
+from bench_report import markdown, plot
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -70,19 +79,30 @@ class Ways:
         batch = [v.to(DTYPES[self.precision]) if v.is_floating_point() else v for v in self.batch]
         return self._step(model, None, torch.compile(model), batch=batch)
 
-    def train_step(self, compile: bool | str = True) -> Step:
+    def train_step(
+        self, compile: bool | str = True, policy: str = "", rows: int | None = None
+    ) -> Step:
         """The whole step as one graph."""
         model = copy.deepcopy(self.model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        policy = f"autocast-{self.device}"
+        policy = policy or f"autocast-{self.device}"
         step = mpgraph.TrainStep(
-            model, optimizer, self.loss, precision=self.precision, policy=policy, compile=compile
-        )
+            model, optimizer, self.loss, precision=self.precision, policy=policy, compile=compile,
+            chunk_loss_head=rows,
+        )  # fmt: skip
         return lambda: step(*self.batch)
 
     def replayed_step(self) -> Step:
         """The same, replayed as a CUDA graph."""
         return self.train_step("reduce-overhead")
+
+    def lean_step(self) -> Step:
+        """The whole step as one graph, norms and residual stream in 16 bit."""
+        return self.train_step("reduce-overhead" if self.device == "cuda" else True, "lean")
+
+    def chunked_step(self) -> Step:
+        """The whole step as one graph, the last layer and its loss in chunks."""
+        return self.train_step(rows=2048 if self.device == "cuda" else 256)
 
     def _guarded(self, compiler: Callable[..., Any] | None) -> Step:
         policy = f"autocast-{self.device}"
@@ -125,6 +145,8 @@ _METHODS = {
     "compile + mpgraph": "compiled_convert",
     "TrainStep": "train_step",
     "TrainStep, replayed": "replayed_step",
+    "TrainStep, lean": "lean_step",
+    "TrainStep, chunked": "chunked_step",
     "compile, pure 16-bit": "pure",
 }
 
@@ -134,17 +156,9 @@ def measure(name: str, device: str, precision: str, steps: int, ways: list[str])
     torch._dynamo.reset()
     subject = Ways(name, device, precision)
     made = subject.made(ways)
-    first: dict[str, float] = {}
-    memory: dict[str, float] = {}
-    losses: dict[str, float] = {}
-    for way, step in made.items():
-        started = time.perf_counter()
-        losses[way] = float(step())
-        step()  # an optimizer's first step is a special one
-        first[way] = time.perf_counter() - started
-        for _ in range(2):
-            step()
-        memory[way] = _peak(step, device)
+    figures: dict[str, dict[str, Any]] = {}
+    for way, step in track(made.items(), f"{name}: compiling, warming up", total=len(made)):
+        figures[way] = _warmed(step, device)
     seconds: dict[str, list[float]] = {way: [] for way in made}
     for index in track(range(steps), name):
         for way in sorted(made, reverse=bool(index % 2)):
@@ -157,9 +171,7 @@ def measure(name: str, device: str, precision: str, steps: int, ways: list[str])
         "model": name,
         "precision": precision,
         "parameters": sum(p.numel() for p in subject.model.parameters()),
-        "first_step_seconds": first,
-        "peak_mebibytes": memory,
-        "first_loss": losses,
+        **{key: {way: figures[way][key] for way in made} for key in next(iter(figures.values()))},
         "seconds": seconds,
         "ratios": {way: _ratio(seconds[way], seconds[PEER]) for way in made},
     }
@@ -171,14 +183,24 @@ def _ratio(found: list[float], peer: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
-def _peak(step: Step, device: str) -> float:
-    """How much device memory a step takes beyond what lies there already."""
-    if device != "cuda":
-        return 0.0
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+def _warmed(step: Step, device: str) -> dict[str, Any]:
+    """Take the steps that compile; what they and a step after them cost, apart from time."""
+    casts = Casts()
+    started = time.perf_counter()
+    with casts.noted():
+        loss = float(step())
+        step()  # an optimizer's first step is a special one
+        first = time.perf_counter() - started
+        for _ in range(2):
+            step()
+    return {
+        "first_step_seconds": first,
+        "first_loss": loss,
+        "casts": casts.count,
+        "cast_mebibytes": casts.bytes / 2**20,
+        "peak_mebibytes": peak_bytes(step, device) / 2**20,
+        "launches": launches(step, device),
+    }
 
 
 def _wait(device: str) -> None:
@@ -188,14 +210,15 @@ def _wait(device: str) -> None:
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
     """The figures, for people."""
-    table = Table("model", "way", "ms", "÷ peer", "quartiles", "peak MiB", "first step, s")
+    table = Table("model", "way", "ms", "÷ peer", "quartiles", "peak MiB", "casts", "first step, s")
     for row in rows:
         for way, ratio in row["ratios"].items():
             table.add_row(
                 f"{row['model']} {row['precision']}", way,
                 f"{1e3 * statistics.median(row['seconds'][way]):.2f}", f"{ratio['median']:.3f}",
                 f"{ratio['low']:.3f} - {ratio['high']:.3f}",
-                f"{row['peak_mebibytes'][way]:.0f}", f"{row['first_step_seconds'][way]:.1f}",
+                f"{row['peak_mebibytes'][way]:.1f}", str(row["casts"][way]),
+                f"{row['first_step_seconds'][way]:.1f}",
             )  # fmt: skip
         table.add_section()
     return table
@@ -205,20 +228,27 @@ def main() -> None:
     """Measure, print the table, keep the raw figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--ways", nargs="+", default=list(_METHODS), choices=list(_METHODS))
+    parser.add_argument("--ways", nargs="+", choices=list(_METHODS))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", nargs="+", default=["bf16"], choices=list(DTYPES))
-    parser.add_argument("--json", type=Path)
+    for kind in ("json", "markdown", "plot"):
+        parser.add_argument(f"--{kind}", type=Path)
     options = parser.parse_args()
-    ways = list(dict.fromkeys([PEER, *options.ways]))
-    rows = []
+    torch._functorch.config.enable_autograd_cache = False
+    chosen = options.ways or [w for w in _METHODS if options.device == "cuda" or "replay" not in w]
+    ways = list(dict.fromkeys([PEER, *chosen]))
+    rows: list[dict[str, Any]] = []
     for name in options.models:
         for precision in options.precision:
             rows.append(measure(name, options.device, precision, options.steps, ways))
             if options.json:
                 write(options.json, {"machine": machine(options.device), "rows": rows})
-    Console(width=110).print(table_of(rows))
+    if options.markdown:
+        options.markdown.write_text(markdown(rows, machine(options.device)))
+    if options.plot:
+        plot(rows, PEER, options.plot)
+    Console(width=120).print(table_of(rows))
 
 
 if __name__ == "__main__":

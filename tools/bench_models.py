@@ -111,6 +111,20 @@ def gpt(large: bool) -> Case:
         batch = torch.randint(0, 50304, (8, 1025))
     else:
         config, batch = GPTConfig(), torch.randint(0, 256, (8, 129))
+    model = GPT(config)
+    if large:  # or the head would add another 39 million
+        model.head.weight = model.tokens.weight
+    return model, lambda model, x, y: model(x, y), (batch[:, :-1], batch[:, 1:])
+
+
+def gpt_32k(large: bool) -> Case:
+    """The GPT with a vocabulary of 32768: a step is mostly its last layer and the loss."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    from gpt import GPT, GPTConfig
+
+    shape = (8, 1025) if large else (8, 129)
+    config = GPTConfig(vocabulary=32768, context=shape[1] - 1, layers=2)
+    batch = torch.randint(0, 32768, shape)
     return GPT(config), lambda model, x, y: model(x, y), (batch[:, :-1], batch[:, 1:])
 
 
@@ -157,7 +171,8 @@ def mlp(large: bool) -> Case:
 
 
 CASES: Mapping[str, Callable[[bool], Case]] = {
-    "gpt": gpt, "bert": bert, "llama": llama, "resnet": resnet, "vit": vit, "mlp": mlp,
+    "gpt": gpt, "gpt-32k": gpt_32k, "bert": bert, "llama": llama, "resnet": resnet, "vit": vit,
+    "mlp": mlp,
 }  # fmt: skip
 
 

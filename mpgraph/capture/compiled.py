@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._guards import tracing
 
 from mpgraph import ir
@@ -20,6 +20,7 @@ from mpgraph.capture.crossing import Crossings
 from mpgraph.capture.keep import CannotLower
 from mpgraph.capture.lower import Graphs, lower
 from mpgraph.direct_calls import directly
+from mpgraph.group_copies import copy_all
 from mpgraph.loss_scale import CurrentScale
 from mpgraph.ops import enter
 from mpgraph.pipeline import NeedsStaticShapes, PassContext
@@ -45,7 +46,10 @@ class CompiledGraph:
 
 
 class CallCopies:
-    """16-bit copies of parameters for one call: shared by all its graphs, as in torch.autocast."""
+    """16-bit copies of parameters, and of other leaves, for one call.
+
+    All its graphs share them, as in torch.autocast.
+    """
 
     def __init__(self, kept: WeightCopies) -> None:
         self._kept = kept
@@ -65,11 +69,15 @@ class CallCopies:
             for key, parameter in zip(keys, parameters, strict=True)
             if key not in self._made
         }
-        if missing:
-            made = self._kept.get_all([*missing.values()], dtype, scale)
-            for (key, parameter), copy in zip(missing.items(), made, strict=True):
-                # The parameter goes in as well, so that its id stays its own.
-                self._made[key] = copy, parameter
+        # Copies of parameters last for longer than this call.
+        for are_kept in (True, False):
+            alike = {k: p for k, p in missing.items() if isinstance(p, nn.Parameter) is are_kept}
+            if alike:
+                make = self._kept.get_all if are_kept or self._kept.masters else copy_all
+                made = make([*alike.values()], dtype, scale)
+                for (key, parameter), copy in zip(alike.items(), made, strict=True):
+                    # The parameter goes in as well, so that its id stays its own.
+                    self._made[key] = copy, parameter
         return [self._made[key][0] for key in keys]
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._dynamo import eval_frame
 from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint as checkpoints
@@ -84,6 +85,29 @@ def watch(*, forward_only: bool = False) -> Iterator[None]:
         yield
 
 
+_BACKWARD: tuple[tuple[Any, str, str], ...] = (
+    (torch.autograd, "backward", "a backward pass inside the loss function"),
+    (torch.Tensor, "retain_grad", "retain_grad() on an intermediate value"),
+)
+
+
+@contextlib.contextmanager
+def watch_step() -> Iterator[None]:
+    """The same for a loss function, which is traced along with its backward pass.
+
+    Custom Functions, hooks on values and ``torch.autograd.grad`` are traced as they are.
+    """
+    with contextlib.ExitStack() as stack:
+        for owner, name, what in _BACKWARD:
+            refusal = _refusal(what, getattr(owner, name), "a captured step")
+            stack.enter_context(replaced(owner, name, refusal))
+        stack.enter_context(_watch_dispatch_modes())
+        stack.enter_context(_watch_checkpoints())
+        stack.enter_context(_watch_random())
+        stack.enter_context(_watch_generator())
+        yield
+
+
 @contextlib.contextmanager
 def _watch_nodes() -> Iterator[None]:
     """Hooks on the nodes of autograd's own graph (``y.grad_fn.register_hook``) would be lost.
@@ -104,13 +128,15 @@ def _watch_nodes() -> Iterator[None]:
         yield
 
 
-def _refusal(what: str, original: Callable[..., Any]) -> Callable[..., Any]:
+def _refusal(
+    what: str, original: Callable[..., Any], where: str = "an exported graph"
+) -> Callable[..., Any]:
     capturing = threading.get_ident()
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != capturing:
             return original(*args, **kwargs)
-        raise NeedsDynamo(f"{what} leaves no trace in an exported graph", user_line())
+        raise NeedsDynamo(f"{what} leaves no trace in {where}", user_line())
 
     return refuse
 
@@ -160,7 +186,7 @@ def _watch_dispatch_modes() -> Iterator[None]:
     enter: Any = TorchDispatchMode.__enter__
 
     def refuse(self: TorchDispatchMode) -> Any:
-        own = type(self).__module__.startswith("torch.")
+        own = type(self).__module__.startswith(("torch.", "mpgraph."))
         if own or threading.get_ident() != capturing:
             return enter(self)
         raise NeedsDynamo(f"the dispatch mode {type(self).__name__} is not traced", user_line())
@@ -222,7 +248,13 @@ def _caller() -> str:
     return frame.f_code.co_filename
 
 
-_BETWEEN = frozenset({torch.random.__file__, contextlib.__file__})
+_BETWEEN = frozenset(
+    {
+        torch.random.__file__, contextlib.__file__,
+        # torch.manual_seed is hidden from Dynamo
+        torch._compile.__file__, eval_frame.__file__,
+    }
+)  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -28,8 +28,10 @@ from mpgraph.capture.overrides import say_what_matched_nothing
 from mpgraph.capture.own_error import note_line, raise_own_error
 from mpgraph.capture.paths import label_placeholders
 from mpgraph.errors import CaptureError, MPGraphError
+from mpgraph.infer import forget_real_tensors
 from mpgraph.module import State, capturing, is_transformed, lock
 from mpgraph.pipeline import PassContext, PassReport
+from mpgraph.plain import global_hooks
 from mpgraph.structure import flatten
 
 # One call of a vision-language model may well be forty graphs.
@@ -95,6 +97,7 @@ class DynamoEntry:
         for key, compiled in call.ran.items():
             if key not in self._compiled:
                 self._compiled[key] = compiled
+                forget_real_tensors(*[gm for gm, _ in compiled.graphs])
                 breaks = breaks + compiled.breaks
         self.breaks.extend(b for b in breaks if b not in self.breaks)
 
@@ -108,6 +111,8 @@ class DynamoEngine:
         self.modules = [path for path, _ in model.named_modules()]
         self.paths = {id(p): path for path, p in model.named_parameters()}
         self.modes: set[Any] = set()
+        # Dynamo traces these along with the modules, and does not look whether they change.
+        self.hooks = global_hooks()
         self._announced = False
         self._graphs_of_a_call = 1
         self._live: weakref.WeakSet[Any] = weakref.WeakSet()

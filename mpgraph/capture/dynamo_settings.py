@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch._dynamo import config as dynamo_config
-from torch._dynamo import convert_frame, exc
+from torch._dynamo import convert_frame, exc, external_utils, symbolic_convert
 from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.variables import (
@@ -27,6 +28,7 @@ from torch._dynamo.variables import (
 from mpgraph.capture import kept
 from mpgraph.capture.replaced import replaced
 from mpgraph.capture.saved import hidden_from_saved_tensors_hooks
+from mpgraph.weights import is_trainable_leaf
 
 
 @contextlib.contextmanager
@@ -62,6 +64,8 @@ def configured(device: str, limit: int, count: int) -> Iterator[None]:
         _numpy_numbers_as_pythons(),
         _breaks_at_torchscript(),
         _breaks_at_absent_gradients(),
+        _guards_leaves(),
+        _breaks_at_forbidden_calls(),
         _compiled_unseen(),
         _says_eager(),
         _quiet(),
@@ -229,6 +233,56 @@ def _breaks_at_absent_gradients() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _breaks_at_forbidden_calls() -> Iterator[None]:
+    """Leave to Python what Dynamo must not trace, such as ``mark_static_address``.
+
+    A model calls it only where it is told that it runs eagerly; Dynamo would give up on the model.
+    """
+    owner: Any = symbolic_convert
+    original = owner.is_forbidden
+
+    def is_forbidden(function: Any) -> bool:
+        if original(function):
+            exc.unimplemented(
+                gb_type="a call that Dynamo must not trace",
+                context=getattr(function, "__name__", str(function)),
+                explanation="it is for Python alone",
+                hints=[],
+            )
+        return False
+
+    with replaced(owner, "is_forbidden", is_forbidden):
+        yield
+
+
+@contextlib.contextmanager
+def _guards_leaves() -> Iterator[None]:
+    """Compile anew where a tensor is a leaf now and was none, or the other way round.
+
+    torch.autocast keeps one 16-bit copy of a leaf, in which the gradients of all its uses meet.
+    """
+    owner: Any = builder.VariableBuilder
+    original = owner.wrap_tensor
+
+    def wrap_tensor(self: Any, value: torch.Tensor) -> Any:
+        if value.requires_grad and not isinstance(value, nn.Parameter):
+            self.install_guards(_leaf_match)
+        return original(self, value)
+
+    with replaced(owner, "wrap_tensor", wrap_tensor):
+        yield
+
+
+def _leaf_match(guards: Any, guard: Any) -> None:
+    expected = is_trainable_leaf(guards.get(guard))
+    guards.get_guard_manager(guard).add_lambda_guard(
+        lambda value: is_trainable_leaf(value) is expected,
+        [f"is_trainable_leaf({guard.name}) is {expected}"],
+        guard.user_stack,
+    )
+
+
+@contextlib.contextmanager
 def _compiled_unseen() -> Iterator[None]:
     """Compile, which may happen at any call, out of sight of hooks around the call."""
     original = convert_frame._compile
@@ -276,6 +330,7 @@ _COMPILING = (
     torch.compiler.is_compiling,
     torch.compiler.is_dynamo_compiling,
     torch._utils.is_compiling,
+    external_utils.is_compiling,
 )
 _CAPTURING = (torch.cuda.is_current_stream_capturing, torch.xpu.is_current_stream_capturing)
 

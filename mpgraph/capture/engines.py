@@ -20,6 +20,7 @@ from mpgraph.capture.own_error import raise_own_error
 from mpgraph.capture.reasons import plain_reason
 from mpgraph.capture.undo import undone_on_failure
 from mpgraph.errors import MPGraphError
+from mpgraph.infer import forget_real_tensors
 from mpgraph.module import (
     Specialisation,
     State,
@@ -65,6 +66,7 @@ def capture_call(
     except (NeedsDynamo, Exception) as error:
         failure = error
     else:
+        forget_real_tensors(captured.graph_module)
         check_overrides(state, model, captured.graph_module)
         return make_specialisation(model, state, captured, reports, context, label, shapes)
     # Not inside the handler: torch's error would be printed as the cause of the model's own.

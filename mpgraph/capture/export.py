@@ -43,6 +43,7 @@ from mpgraph.structure import (
     same_leaves,
     unflatten,
 )
+from mpgraph.weights import is_trainable_leaf
 
 Forward = Callable[..., Any]
 _MISSING = object()
@@ -446,11 +447,6 @@ def _say_what_requires_grad(
 
 
 _PREFIX = {"parameter": "p_", "buffer": "b_", "constant": "c_", "attribute": "a_", "input": ""}
-
-
-def is_trainable_leaf(value: Any) -> bool:
-    """Whether torch.autocast would keep one 16-bit copy of this tensor per forward."""
-    return isinstance(value, torch.Tensor) and value.requires_grad and value.is_leaf
 
 
 def _module_path(node: fx.Node) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mpgraph.code_state import CodeState
-from mpgraph.plain import MODULE_STATE, PLAIN
+from mpgraph.plain import MODULE_STATE, PLAIN, global_hooks
 
 # How far into plain objects one looks: a config, and the configs inside it; a cache of caches.
 _DEPTH_OF_MODULES = 2
@@ -123,6 +123,17 @@ def held_by_code(code: CodeState) -> list[Held]:
 def held_in(values: Iterable[object]) -> list[Held]:
     """What the caller's arguments hold: they themselves, and what is inside them."""
     return _held_in((("", value) for value in values), _DEPTH_OF_ARGUMENTS)
+
+
+def held_in_places(places: Iterable[tuple[str, object]]) -> list[Held]:
+    """What stands in places with a name, and what is inside it."""
+    return _held_in(places, _DEPTH_OF_MODULES)
+
+
+def held_by_global_hooks() -> list[Held]:
+    """What the objects hold whose methods are hooks on every module, as a FLOP counter's."""
+    owners = [getattr(hook, "__self__", None) for hook in global_hooks()]
+    return _held_in((("", owner) for owner in owners), _DEPTH_OF_MODULES)
 
 
 def _held_in(values: Iterable[tuple[str, Any]], limit: int) -> list[Held]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
@@ -87,6 +88,18 @@ _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
 )
 
 
+@functools.cache
+def settle_switches(device: str) -> None:
+    """Let torch set what it sets by itself: the first attention on a GPU orders its kernels.
+
+    (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, ``priority_order``.) Otherwise a model
+    that is the first to attend would seem to have changed a switch.
+    """
+    if device == "cuda":
+        place = torch.zeros(1, 1, 8, 64, device=device, dtype=torch.float16)
+        torch._fused_sdp_choice(place, place, place)
+
+
 @contextlib.contextmanager
 def switches_kept() -> Iterator[None]:
     """Set torch's switches back as they were: a model that is traced half leaves them changed."""
@@ -103,6 +116,7 @@ class Marks:
     """The marks of one export: made while it traces, checked when the graph is finished."""
 
     def __init__(self, device: str) -> None:
+        settle_switches(device)
         self.device = device
         self.outside = modes_now(device)
         self._strays: dict[int, str] = {}

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from mpgraph.capture.captured import Slot
-from mpgraph.capture.export import is_trainable_leaf
+from mpgraph.weights import is_trainable_leaf
 
 _ROOT = re.compile(r"L\['(\w+)'\]")
 

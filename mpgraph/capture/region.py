@@ -351,14 +351,44 @@ class _Lower(_Cast):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (scale,) = ctx.saved_tensors
-        return (gradients[0].float() / scale).to(ctx.dtype), None, None
+        return cast(Any, _Unscale).apply(gradients[0], ctx.dtype, scale), None, None
 
 
 class _Widen(_Cast):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (scale,) = ctx.saved_tensors
-        return (gradients[0] * scale).to(ctx.dtype), None, None
+        return cast(Any, _Scale).apply(gradients[0], ctx.dtype, scale), None, None
+
+
+class _Unscale(torch.autograd.Function):
+    """A gradient of a gradient obeys the rule of mpgraph.ops: the backward of it is ``lower``."""
+
+    @staticmethod
+    def forward(ctx: Any, g: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(scale)
+        ctx.dtype = g.dtype
+        return (g.float() / scale).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (scale,) = ctx.saved_tensors
+        return traceable_lower(gradients[0], ctx.dtype, scale), None, None
+
+
+class _Scale(torch.autograd.Function):
+    """The backward of it is ``widen``."""
+
+    @staticmethod
+    def forward(ctx: Any, g: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(scale)
+        ctx.dtype = g.dtype
+        return (g * scale).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (scale,) = ctx.saved_tensors
+        return traceable_widen(gradients[0], ctx.dtype, scale), None, None
 
 
 def traceable_lower(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:

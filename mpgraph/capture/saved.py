@@ -1,12 +1,22 @@
-"""Hooks on saved tensors that are around a call, as those of a checkpoint around the model."""
+"""What is around a call and is to see the call, not what capturing it takes.
+
+Hooks on saved tensors, as those of a checkpoint around the model; and dispatch modes, as one that
+counts operators.
+"""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 _top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
@@ -16,3 +26,17 @@ def hidden_from_saved_tensors_hooks() -> contextlib.AbstractContextManager[Any]:
     if _top is None or _top(False) is None:
         return contextlib.nullcontext()  # function transforms refuse to run inside any hook
     return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
+@contextlib.contextmanager
+def hidden_from_dispatch_modes() -> Iterator[None]:
+    """Hide what tracing runs on tensors without values; torch's own modes see it all the same."""
+    stack = _get_current_dispatch_mode_stack()
+    hidden = [mode for mode in stack if getattr(mode, "_mode_key", None) is None]
+    for _ in hidden:
+        _pop_mode()
+    try:
+        yield
+    finally:
+        for mode in hidden:
+            _push_mode(mode)

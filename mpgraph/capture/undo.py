@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpgraph.capture.held import held_by, held_by_code, held_in, put_back, snapshot
+from mpgraph.capture.held import (
+    held_by,
+    held_by_code,
+    held_by_global_hooks,
+    held_in,
+    put_back,
+    snapshot,
+)
 from mpgraph.capture.writes import Writes
 from mpgraph.code_state import CodeState
 
@@ -48,6 +55,7 @@ class Before:
         self._code = CodeState(list(model.modules()))
         self._values = self._code.values()
         self._held = [*held_by(model), *held_in(arguments), *held_by_code(self._code)]
+        self._held += held_by_global_hooks()
         self._numpy: Any = sys.modules.get("numpy")
         self._state = random.getstate()
         self._numpy_state = self._numpy.random.get_state() if self._numpy else None

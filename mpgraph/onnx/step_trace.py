@@ -118,7 +118,7 @@ def _gradients(step: TrainStep, leaves: Sequence[Any], spec: Spec, dynamic: bool
     with in_plain_operators():
         return trace_gradients(
             step.model, step.loss_fn, trained, leaves, spec, step.accumulation_steps,
-            batch_dims(leaves) if dynamic else (),
+            dynamic=batch_dims(leaves) if dynamic else (),
         )  # fmt: skip
 
 

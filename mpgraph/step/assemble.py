@@ -10,6 +10,7 @@ from torch import fx
 
 from mpgraph.module import State
 from mpgraph.passes.check_grads import check_grads
+from mpgraph.passes.chunk_loss_head import chunk_loss_head
 from mpgraph.passes.clip_grads import clip_grads
 from mpgraph.passes.remove_dead import remove_dead
 from mpgraph.passes.sum_grads import sum_grads
@@ -28,6 +29,7 @@ from mpgraph.step.slots import StepSlot
 from mpgraph.step.trace_gradients import scale_slot
 from mpgraph.step.trace_update import Update
 
+LOSS: tuple[GraphPass, ...] = (chunk_loss_head,)
 BEFORE_UPDATE: tuple[GraphPass, ...] = (
     sum_grads,
     clip_grads,  # after sum_grads: the sum is what is clipped
@@ -54,7 +56,7 @@ def assemble(
     """
     gm = copied(gradients)
     before = BEFORE_UPDATE if checked and context.is_last else BEFORE_UPDATE[:1]
-    reports = run_passes(gm, before, context)
+    reports = run_passes(gm, (*LOSS, *before), context)
     if update is not None:
         _append_update(gm.graph, update)
     reports += run_passes(gm, AFTER_UPDATE, context)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -12,12 +14,14 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mpgraph.errors import PrecisionError
 from mpgraph.infer import fake_mode_of
 from mpgraph.passes.remove_dead import remove_dead
 from mpgraph.passes.share_counters import share_counters
 from mpgraph.passes.tensor_numbers import tensor_numbers
+from mpgraph.passes.widen_sums import widen_sums
 from mpgraph.pipeline import GraphPass, run_passes
 from mpgraph.step.joint import StepContext
 from mpgraph.step.partition import SEED, Half, Source, cut
@@ -29,6 +33,7 @@ Run = Callable[..., Sequence[Any]]
 COMPILED_PASSES: tuple[GraphPass, ...] = (
     tensor_numbers,
     share_counters,  # after tensor_numbers, which makes counters of what was .item()
+    widen_sums,
     remove_dead,
 )
 
@@ -68,7 +73,7 @@ class Backend:
             )
         tuned = mode.startswith("max-autotune")
         return cls(
-            options={"max_autotune": True} if tuned else {},
+            options={"max_autotune": True, "combo_kernels": True} if tuned else {},
             replayed=mode in ("reduce-overhead", "max-autotune"),
             fused=not tuned,
         )
@@ -92,7 +97,9 @@ class Halves:
             strides: list[Any] = []
             self._first = _compile(forward, forward.values, options, strides, backward=False)
             values = _restrided(forward, backward, strides)
-            self._second = _compile(backward, values, options, [], backward=True)
+            given = _given_away(forward, backward)
+            _name_given(backward, given)
+            self._second = _compile(backward, values, options, [], backward=True, given=given)
         self._seed: torch.Tensor | None = None  # the gradient of the loss
         if SEED in backward.sources:
             like = backward.values[backward.sources.index(SEED)]
@@ -132,11 +139,17 @@ def _compile(
     strides: list[Any],
     *,
     backward: bool,
+    given: Sequence[int] = (),
 ) -> Callable[[list[Any]], Sequence[Any]]:
-    """Compile one half; ``strides`` is filled with those of its results."""
+    """Compile one half; ``strides`` is filled with those of its results.
+
+    It may write its own values to the memory of the ``given`` inputs.
+    """
     fixed = [i for i, (kind, _) in enumerate(half.sources) if kind == "input"]
     mode: Any = fake_mode_of(values)
     context = TracingContext(mode)
+    metadata: Any = types.SimpleNamespace(bw_donated_idxs=[*given])  # as AOTAutograd says it
+    context.fw_metadata = metadata
     # What is kept for the backward half may lie as Inductor likes it; results lie as they do.
     visible = [i for i, (kind, _) in enumerate(half.results) if kind == "output"]
     half.graph_module.graph.output_node().meta["user_visible_output_idxs"] = visible
@@ -152,6 +165,33 @@ def _compile(
         )
         strides.extend(reported or [])
     return cast("Callable[[list[Any]], Sequence[Any]]", compiled)
+
+
+def _given_away(forward: Half, backward: Half) -> list[int]:
+    """Which inputs of the backward half are kept for it alone, in memory that nothing else has."""
+    everything = [*forward.values, *forward.returned, *backward.returned]
+    counts = collections.Counter(map(_memory, everything))
+    kept = dict(zip(forward.results, forward.returned, strict=True))
+    return [
+        index
+        for index, source in enumerate(backward.sources)
+        if source in kept and counts[_memory(kept[source])] == 1
+    ]
+
+
+def _name_given(backward: Half, given: Sequence[int]) -> None:
+    """Tell halves with other given inputs apart: Inductor's cache knows them by their text."""
+    places = list(backward.graph_module.graph.find_nodes(op="placeholder"))
+    for index in given:
+        places[index].target = f"given_{places[index].target}"
+    backward.graph_module.recompile()
+
+
+def _memory(value: Any) -> Any:
+    """What tensors that share memory have in common."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    return StorageWeakRef(value.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def _restrided(forward: Half, backward: Half, strides: list[Any]) -> list[Any]:

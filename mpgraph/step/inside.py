@@ -15,12 +15,14 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.overrides import TorchFunctionMode
 
 from mpgraph.capture.captured import Assignment, Slot
+from mpgraph.capture.detect import user_line
 from mpgraph.capture.region import TRACEABLE, bordered, untraced
 from mpgraph.errors import CaptureError
 from mpgraph.gather import home_of
 from mpgraph.module import Specialisation, State, tracing_step
 from mpgraph.pipeline import size_hint
 from mpgraph.places import is_users
+from mpgraph.step.loss import needs_a_value
 from mpgraph.structure import Spec, count_leaves, flatten, unflatten
 
 # What a node of the step inherits from the node of a rewritten graph that it comes from.
@@ -155,6 +157,15 @@ _BATCH_NORM = frozenset(
 )  # fmt: skip
 
 
+# Printing and numpy, which fake tensors answer without a value, or with an error of their own.
+_LOOKS = frozenset(
+    {
+        torch.Tensor.__repr__, torch.Tensor.__format__, torch.Tensor.numpy,
+        torch.Tensor.__array__, torch.Tensor.tolist,
+    }
+)  # fmt: skip
+
+
 class _Lines(TorchFunctionMode):
     """Notes the user's line for what runs outside of converted models.
 
@@ -168,6 +179,8 @@ class _Lines(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _LOOKS and not self.inside._in_model:
+            raise CaptureError(needs_a_value(user_line()))
         if func in _BATCH_NORM:
             with enable_python_dispatcher():
                 result = func(*args, **kwargs)

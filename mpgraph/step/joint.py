@@ -29,6 +29,8 @@ class StepContext(PassContext):
         scales: For each loss scale: how it moves by its three tensors and the flag, and their
             slots.
         equal: Names of tensors without dimensions that hold equal numbers.
+        loss_rows: How many rows of a final linear layer and its cross-entropy are computed at a
+            time; None: all.
     """
 
     max_grad_norm: float | None = None
@@ -38,6 +40,7 @@ class StepContext(PassContext):
     batches: int = 1
     scales: tuple[tuple[Callable[..., Any], tuple[StepSlot, ...]], ...] = ()
     equal: tuple[frozenset[str], ...] = ()
+    loss_rows: int | None = None
 
 
 def outputs_of(graph: fx.Graph) -> dict[str, Any]:
@@ -105,7 +108,7 @@ def append(
         function: Takes one tensor per input and returns a list of tensors.
         inputs: Nodes of the graph.
         part: What the new nodes belong to: "check", "clip", "update", "scale".
-        before: Where to put it instead.
+        before: Put it before this node instead.
 
     Returns:
         The node of each result.

@@ -59,3 +59,14 @@ def _describe(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"a {type(value).__name__} with {', '.join(map(repr, value)) or 'nothing in it'}"
     return f"a {type(value).__name__}"
+
+
+def needs_a_value(line: str) -> str:
+    """What to say of a loss function that looks at a value, at this line of the user's."""
+    where = f" at {line}" if line else ""
+    return (
+        f"the loss function needs the value of a tensor{where} (.item(), an if, a print or a "
+        "conversion to a number). A step that is captured once has no values while it is traced. "
+        "Compute with tensors instead (torch.where), and return what you want to print beside "
+        "the loss."
+    )

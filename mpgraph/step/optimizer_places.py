@@ -100,5 +100,11 @@ def equal_counters(optimizer: Optimizer, names: dict[int, str]) -> tuple[frozens
     return tuple(frozenset(found) for found in groups.values() if len(found) > 1)
 
 
+def split_counters(names: frozenset[str], updated: frozenset[str]) -> list[frozenset[str]]:
+    """Counters of parameters that a step has updated, and the others."""
+    changed = frozenset(name for name in names if name.partition(" of ")[2] in updated)
+    return [changed, names - changed]
+
+
 def _state_reader(optimizer: Optimizer, parameter: Any, key: str) -> Callable[[], Any]:
     return lambda: optimizer.state[parameter][key]

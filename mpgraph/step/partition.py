@@ -45,6 +45,11 @@ class Half:
         """A fake value per input."""
         return [n.meta["val"] for n in self.graph_module.graph.find_nodes(op="placeholder")]
 
+    @property
+    def returned(self) -> list[Any]:
+        """A fake value per output."""
+        return [node.meta["val"] for node in _outputs(self.graph_module)]
+
 
 def cut(gm: fx.GraphModule, mode: FakeTensorMode, static: Sequence[int]) -> tuple[Half, Half]:
     """Cut a step's graph, flat and with writes, into forward and backward.

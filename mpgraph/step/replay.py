@@ -46,7 +46,7 @@ class Replayed:
             self._record(values, batch)
             self._addresses = addresses
         for place, value in zip(self._inputs, batch, strict=True):
-            place.copy_(value, non_blocking=True)
+            _memory(place).copy_(_memory(value), non_blocking=True)
         self._graph.replay()
         return [v.clone() if isinstance(v, torch.Tensor) else v for v in self._outputs]
 
@@ -59,7 +59,7 @@ class Replayed:
                 "use compile=True."
             )
         self._graph = None  # its memory can be used again
-        self._inputs = [v.clone() for v in batch]
+        self._inputs = [_memory(v).clone().as_strided(v.shape, v.stride()) for v in batch]
         static = list(values)
         for i, place in zip(self.batch, self._inputs, strict=True):
             static[i] = place
@@ -68,3 +68,13 @@ class Replayed:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._outputs = self.run(*static)
         self._graph = graph
+
+
+def _memory(value: torch.Tensor) -> torch.Tensor:
+    """The memory of a tensor from its first element to its last, gaps and overlaps included."""
+    if value.numel() == 0:
+        return value.flatten()
+    last = sum(
+        (size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)
+    )
+    return value.as_strided((last + 1,), (1,))

@@ -66,10 +66,13 @@ class Homes:
     def __init__(self, *modules: nn.Module) -> None:
         self._slots: dict[int, StepSlot] = {}
         self._alive: list[Any] = []
-        for module in modules:
+        for index, module in enumerate(modules):
+            # What the loss function brings along may well have parameters of the same names.
+            root = f"{type(module).__name__} {index}" if index else ""
             for path, part in module.named_modules():
-                self._note("parameter", path, part._parameters)
-                self._note("buffer", path, part._buffers)
+                full = ".".join(filter(None, (root, path)))
+                self._note("parameter", full, part._parameters)
+                self._note("buffer", full, part._buffers)
 
     def _note(self, kind: StepSlotKind, path: str, table: dict[str, Any]) -> None:
         for name, tensor in table.items():

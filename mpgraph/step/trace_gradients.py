@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,12 +20,15 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 from mpgraph.capture.breaks import line_of_error
+from mpgraph.capture.detect import NeedsDynamo, watch_step
+from mpgraph.capture.held import held_in_places
 from mpgraph.capture.writes import writes_taken_back
 from mpgraph.errors import CaptureError, MPGraphError
 from mpgraph.module import State
 from mpgraph.step.inside import Assigned, Inside
 from mpgraph.step.joint import mark
-from mpgraph.step.loss import LossFunction, loss_of
+from mpgraph.step.loss import LossFunction, loss_of, needs_a_value
+from mpgraph.step.reads import LossReads
 from mpgraph.step.slots import Homes, StepSlot, place_name
 from mpgraph.structure import Spec, flatten, opaque_values, unflatten
 
@@ -60,6 +64,7 @@ def trace_gradients(
     leaves: Tensors,
     spec: Spec,
     divisor: int = 1,
+    zeros: frozenset[str] = frozenset(),
     dynamic: Sequence[frozenset[int]] = (),
 ) -> Gradients:
     """Trace ``loss_fn(model, *args, **kwargs)`` and its gradients.
@@ -71,12 +76,13 @@ def trace_gradients(
         leaves: The tensors of one batch.
         spec: How they become ``(args, kwargs)``.
         divisor: What the loss is divided by before it is differentiated.
+        zeros: Parameters whose gradient is zero where there is none: an earlier batch had one.
         dynamic: Per leaf, the dimensions whose size stays symbolic. Equal sizes share a symbol.
 
     Raises:
         CaptureError: The loss cannot be traced; says why, where, and what to do.
     """
-    trace = _Trace(model, loss_fn, parameters, spec, divisor)
+    trace = _Trace(model, loss_fn, parameters, spec, divisor, zeros)
     with torch.enable_grad():
         return _run_trace(trace, leaves, dynamic)
 
@@ -101,19 +107,19 @@ def trace_results(
         CaptureError: It cannot be traced; says why, where, and what to do.
     """
     with torch.no_grad():
-        return _run_trace(_Trace(model, function, None, spec, 1), leaves, dynamic)
+        return _run_trace(_Trace(model, function, None, spec, 1, frozenset()), leaves, dynamic)
 
 
 def _run_trace(trace: _Trace, leaves: Tensors, dynamic: Sequence[frozenset[int]]) -> Gradients:
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
-    with writes_taken_back(), mode, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    reads = LossReads(trace.loss_fn, trace.model)
+    with _refusing(reads), writes_taken_back(), mode, _unheard():
         varying = dynamic or [frozenset[int]()] * len(leaves)
         fakes = [_fake_leaf(mode, *pair) for pair in zip(leaves, varying, strict=True)]
         gm = _traced(trace, fakes)
     graph = gm.graph
     _name_results(graph, trace)
-    _lift(gm, Homes(trace.model, *_modules_in(trace.loss_fn)), trace, mode)
+    _lift(gm, Homes(trace.model, *reads.modules()), trace, mode)
     assert trace.result is not None
     assert trace.inside is not None
     inside = trace.inside
@@ -130,10 +136,12 @@ class _Trace:
         parameters: Mapping[str, torch.Tensor] | None,
         spec: Spec,
         divisor: int,
+        zeros: frozenset[str],
     ) -> None:
         self.model, self.loss_fn, self.spec, self.divisor = model, loss_fn, spec, divisor
         self.parameters = parameters or {}
         self.differentiates = parameters is not None
+        self.zeros = zeros
         self.inside: Inside | None = None
         self.result: Spec | None = None
         self.count = 0
@@ -163,8 +171,11 @@ class _Trace:
         mark(inside.graph, "forward")
         inside.watch_backward()
         gradients = torch.autograd.grad(loss, [*self.parameters.values()], allow_unused=True)
-        pairs = zip(gradients, self.parameters.values(), strict=True)
-        laid_out = [_laid_out(gradient, parameter) for gradient, parameter in pairs]
+        laid_out = [
+            _zeros(parameter) if gradient is None and name in self.zeros
+            else _laid_out(gradient, parameter)
+            for gradient, (name, parameter) in zip(gradients, self.parameters.items(), strict=True)
+        ]  # fmt: skip
         inside.note({})
         mark(inside.graph, "backward")
         self.named = [n for n, g in zip(self.parameters, laid_out, strict=True) if g is not None]
@@ -192,6 +203,12 @@ def _laid_out(gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.T
     ).copy_(gradient)
 
 
+def _zeros(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(
+        parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device
+    ).zero_()
+
+
 def _traced(trace: _Trace, fakes: Sequence[Any]) -> fx.GraphModule:
     try:
         return make_fx(trace, _allow_non_fake_inputs=True)(*fakes)
@@ -201,32 +218,44 @@ def _traced(trace: _Trace, fakes: Sequence[Any]) -> fx.GraphModule:
         GuardOnDataDependentSymNode,
         DataDependentOutputException,
     ) as error:
-        raise CaptureError(_needs_a_value(error)) from error
+        raise CaptureError(needs_a_value(line_of_error(error))) from error
 
 
-def _needs_a_value(error: Exception) -> str:
-    line = line_of_error(error)
-    where = f" at {line}" if line else ""
+@contextlib.contextmanager
+def _refusing(reads: LossReads) -> Iterator[None]:
+    """Refuse a loss function that does what a step which is captured once would not do again."""
+    before, held = reads.state(), held_in_places(reads.items())
+    try:
+        with watch_step():
+            yield
+    except BaseException as error:
+        for item in held:
+            item.restore()
+        if isinstance(error, NeedsDynamo):
+            raise CaptureError(_not_again(error.reason, error.where)) from None
+        raise
+    if reads.state() != before:
+        names = [item.path for item in held if item.has_changed()]
+        for item in held:
+            item.restore()
+        raise CaptureError(_not_again(f"it changes {', '.join(names) or 'a number in Python'}"))
+
+
+def _not_again(reason: str, where: str = "") -> str:
+    reason = reason.replace("forward ", "it ", 1) if reason.startswith("forward ") else reason
     return (
-        f"the loss function needs the value of a tensor{where} (.item(), an if, a print or a "
-        "conversion to a number). A step that is captured once has no values while it is traced. "
-        "Compute with tensors instead (torch.where), and return what you want to print beside "
-        "the loss."
+        f"the loss function cannot be captured: {reason}{f' at {where}' if where else ''}. A step "
+        "that is captured once does so once, not at every call. Do it around the step and pass "
+        "what comes of it in the batch (random numbers as tensors), or train with mpgraph.convert "
+        "and mpgraph.guard."
     )
 
 
-def _modules_in(loss_fn: LossFunction) -> list[nn.Module]:
-    """The modules that a loss function is, belongs to, or has closed over."""
-    cells = getattr(loss_fn, "__closure__", None) or ()
-    held = [loss_fn, getattr(loss_fn, "__self__", None), *(_content(cell) for cell in cells)]
-    return [value for value in held if isinstance(value, nn.Module)]
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _name_results(graph: fx.Graph, trace: _Trace) -> None:
@@ -276,10 +305,10 @@ def _slot(tensor: torch.Tensor, homes: Homes, trace: _Trace, count: int) -> Step
     for index, state in enumerate(trace.inside.states if trace.inside else ()):
         if tensor is state.scale.value.scale:
             return scale_slot(state, index, "scale")
+    name = next((n for n, p in trace.parameters.items() if p is tensor), "")
     found = homes.slot_of(tensor)
     if found is not None:
-        return found
-    name = next((n for n, p in trace.parameters.items() if p is tensor), "")
+        return dataclasses.replace(found, name=name or found.name)
     kind: Any = "parameter" if name else "constant"
     return StepSlot(kind, name or f"constant_{count}", lambda: tensor)
 

@@ -110,10 +110,7 @@ def trace_fused_update(
     Raises:
         NewState: The update would make state that is not there yet.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    is_known = type(optimizer).__module__.startswith("torch.optim")
-    has_kernel = is_known and all("fused" in group for group in optimizer.param_groups)
-    if not has_kernel or any(p.layout is not torch.strided or p.is_complex() for p in parameters):
+    if not has_fused_kernel(optimizer):
         return None
     try:
         return _Tracing(
@@ -124,6 +121,15 @@ def trace_fused_update(
     except Exception as error:
         logger.debug("no fused update: %s", error)
         return None
+
+
+def has_fused_kernel(optimizer: Optimizer) -> bool:
+    """Whether torch.optim has a fused kernel for such an optimizer and its parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    is_known = type(optimizer).__module__.startswith("torch.optim")
+    has_kernel = is_known and all("fused" in group for group in optimizer.param_groups)
+    is_plain = all(p.layout is torch.strided and not p.is_complex() for p in parameters)
+    return has_kernel and is_plain
 
 
 def _may_be_capturable(optimizer: Optimizer) -> bool:
@@ -332,11 +338,20 @@ class _Tracing:
         known = {symbol for symbol in symbols if symbol is not None}
         guards = [g.expr for g in self.shapes.guards if g.expr.free_symbols <= known]
 
+        last: dict[Any, float] = {}
+
         def holds(values: Sequence[float]) -> bool:
             now = {s: v for s, v in zip(symbols, values, strict=True) if s is not None}
             if any(f is not None and f != v for f, v in zip(fixed, values, strict=True)):
                 return False
-            return all(bool(guard.subs(now)) for guard in guards)
+            # sympy is slow, and at most a learning rate changes from step to step.
+            changed = {s for s, v in now.items() if last.get(s) != v}
+            asked = [guard for guard in guards if not changed.isdisjoint(guard.free_symbols)]
+            last.clear()
+            if not all(bool(guard.subs(now)) for guard in asked):
+                return False
+            last.update(now)
+            return True
 
         return holds
 

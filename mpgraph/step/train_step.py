@@ -22,12 +22,30 @@ from mpgraph.step.assemble import assemble, flat_outputs, moving_scales
 from mpgraph.step.compiled import Backend
 from mpgraph.step.joint import StepContext, gradients_of
 from mpgraph.step.loss import LossFunction, models_own_loss
-from mpgraph.step.optimizer_places import counters_of, counters_to_device, equal_counters
+from mpgraph.step.optimizer_places import (
+    counters_of,
+    counters_to_device,
+    equal_counters,
+    split_counters,
+)
 from mpgraph.step.program import Launch, Program, with_fused_update
+from mpgraph.step.reads import LossReads
+from mpgraph.step.refusals import (
+    refuse_hooks,
+    refuse_inference_mode,
+    refuse_lost_gradients,
+    refuse_sparse,
+)
 from mpgraph.step.report import StepReport
 from mpgraph.step.slots import StepSlot, step_slots
 from mpgraph.step.trace_gradients import Gradients, trace_gradients
-from mpgraph.step.trace_update import NewState, Update, trace_fused_update, trace_update
+from mpgraph.step.trace_update import (
+    NewState,
+    Update,
+    has_fused_kernel,
+    trace_fused_update,
+    trace_update,
+)
 from mpgraph.structure import Spec, count_leaves, flatten, unflatten
 
 if TYPE_CHECKING:
@@ -65,6 +83,9 @@ class TrainStep:
             ``torch.compile``. False runs it node by node.
         scale: In fp16, a :class:`mpgraph.LossScale` or the first scale.
         check_finite: Skip steps with non-finite gradients in other precisions than fp16 as well.
+        chunk_loss_head: Compute the last linear layer and its cross-entropy for so many rows
+            (tokens) at a time, with their gradients: scores over a large vocabulary are never
+            held for all rows. Equal up to the order in which float32 numbers are added.
 
     Attributes:
         model: The converted model, for evaluation, saving and printing.
@@ -100,8 +121,11 @@ class TrainStep:
         compile: bool | str = True,
         scale: LossScale | float | None = None,
         check_finite: bool = False,
+        chunk_loss_head: int | None = None,
     ) -> None:
-        _check_arguments(model, optimizer, loss_fn, accumulation_steps, max_grad_norm)
+        _check_arguments(
+            model, optimizer, loss_fn, accumulation_steps, max_grad_norm, chunk_loss_head
+        )
         self.model = _converted(model, precision, policy)
         self.optimizer = optimizer
         self.loss_fn: LossFunction = loss_fn or models_own_loss
@@ -109,19 +133,39 @@ class TrainStep:
         self._state: State = state_of(self.model)
         self._backend = Backend.of(compile)
         self._check_finite = check_finite or self._state.settings.scaled
+        self._loss_rows = chunk_loss_head
         self._guard(max_grad_norm, scale)
         self._max_grad_norm = max_grad_norm
         self._names = _parameter_names(self.model, optimizer)
         self._batches = 0
         self._sums: dict[str, torch.Tensor] = {}
+        self._waiting: frozenset[str] = frozenset()  # parameters with a sum, in this window
+        self.last_step_skipped: Any = False
+        self._forget()
+
+    def _forget(self) -> None:
+        """Have nothing captured."""
+        self._reads = LossReads(self.loss_fn, self.model)
+        self._held: Any = None
+        self._versions: dict[Any, int] = {}
+        self._version = -1
         self._gradients: dict[Any, Gradients] = {}
         self._updates: dict[Any, Update | None] = {}
         self._programs: dict[Any, Program] = {}
         self._launches: dict[Any, tuple[Any, list[PassReport], Launch]] = {}
         self._counters: tuple[Any, tuple[frozenset[str], ...]] | None = None
         self._updated: frozenset[str] = frozenset()  # by the last step
-        self.last_step_skipped: Any = False
         self._last_batch: tuple[list[Any], Spec] | None = None
+        self._is_fused = self._backend.fused and has_fused_kernel(self.optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Graphs are captured again after copying or loading: they read and write one model."""
+        return {name: value for name, value in vars(self).items() if name not in _CAPTURED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._names = _parameter_names(self.model, self.optimizer)
+        self._forget()
 
     def _guard(self, max_grad_norm: float | None, scale: LossScale | float | None) -> None:
         """Guard the optimizer: for first steps, for its state_dict, and for loops around it."""
@@ -141,15 +185,31 @@ class TrainStep:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take one step, or add one batch to it; what the loss function returned, detached."""
         leaves, spec = self._last_batch = flatten((args, kwargs))
+        refuse_inference_mode()
+        if torch.is_autocast_enabled(self._state.settings.device):
+            self._state.say(
+                "a torch.autocast region around a TrainStep changes nothing in it; the model's "
+                "precision holds, and the loss runs as it is written. You can remove the region."
+            )
+            with torch.autocast(self._state.settings.device, enabled=False):
+                return self._call(leaves, spec)
+        return self._call(leaves, spec)
+
+    def _call(self, leaves: list[Any], spec: Spec) -> Any:
         is_last = self._batches + 1 == self.accumulation_steps
         batch = self._key(leaves, spec)
+        refuse_hooks(self.optimizer, _parameters(self.optimizer), self._names)
+        refuse_lost_gradients(leaves, self._names, self._state.say)
+        if is_last and self._waiting:
+            batch = self._with_all_sums(batch, leaves)
         program = self._program(batch, leaves, is_last)
         gradients = self._gradients[batch]
         outputs = self._first_step(gradients, leaves) if program is None else program(leaves)
+        found = frozenset(gradients_of(gradients.graph_module.graph))
         self._batches = 0 if is_last else self._batches + 1
+        self._waiting = frozenset() if is_last else self._waiting | found
         if is_last:
-            self._updated = frozenset(gradients_of(gradients.graph_module.graph))
-            self._note_step(outputs)
+            self._note_step(found, outputs)
         return self._result(gradients, outputs["results"])
 
     def explain(self) -> StepReport:
@@ -234,6 +294,7 @@ class TrainStep:
             "optimizer": self.optimizer.state_dict(),
             "batches": self._batches,
             "sums": dict(self._sums),
+            "waiting": sorted(self._waiting),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -251,10 +312,14 @@ class TrainStep:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._batches = state["batches"]
+        self._waiting = frozenset(state.get("waiting", state["sums"] if self._batches else ()))
         device = self._state.settings.device
         self._sums = {name: value.to(device, copy=True) for name, value in state["sums"].items()}
 
-    def _note_step(self, outputs: dict[str, Any]) -> None:
+    def _note_step(self, updated: frozenset[str], outputs: dict[str, Any]) -> None:
+        """After an update of these parameters."""
+        self._updated = updated
+        self._note_counters()
         optimizer: Any = self.optimizer
         optimizer._opt_called = True  # or schedulers warn that nothing has stepped yet
         if "found_inf" in outputs:
@@ -286,13 +351,30 @@ class TrainStep:
     def _key(self, leaves: list[Any], spec: Spec) -> Any:
         """What batches of one kind have in common."""
         tree = self._state.tree(self.model)
+        if not self._state.settings.precision.pure:
+            tree.check_dtypes()
+        held = self._held_now(tree.parameters())
+        hooks = tuple([id(hook) for table in _hook_tables(self.model) for hook in table.values()])
         kinds = [(t.dtype, t.shape, t.stride(), t.device, t.requires_grad) for t in leaves]
-        return spec, tuple(kinds), tree.training(), tree.version()
+        modes = tree.training(), tree.version()
+        return spec, tuple(kinds), *modes, held, hooks, self._reads.state()
+
+    def _held_now(self, in_model: list[int]) -> int:
+        """A number that stands for the parameters of model and optimizer as they are now."""
+        parameters = [*_parameters(self.optimizer)]
+        hooks = [(i, *h) for i, p in enumerate(parameters) if (h := p._backward_hooks)]
+        kinds = [p.dtype for p in parameters], [p.requires_grad for p in parameters]
+        now: tuple[list[Any], ...] = (in_model, [*map(id, parameters)], *kinds, hooks)
+        if now != self._held:
+            self._held, self._names = now, _parameter_names(self.model, self.optimizer)
+            key = tuple([tuple(part) for part in now])
+            self._version = self._versions.setdefault(key, len(self._versions))
+        return self._version
 
     def _layout(self) -> Any:
         """The optimizer's parameters, state and settings, as far as a graph depends on them."""
         groups = [
-            (*map(id, group["params"]), *(v for v in group.values() if isinstance(v, (bool, int))))
+            (*map(id, group["params"]), *(_setting(v) for k, v in group.items() if k != "params"))
             for group in self.optimizer.param_groups
         ]
         state = self.optimizer.state
@@ -305,13 +387,29 @@ class TrainStep:
         Asked of their values, which the host waits for, where they may have come apart: another
         state was loaded, another step wrote to them, or one that updates other parameters.
         """
-        if not self._backend.inductor:
+        if not self._backend.inductor or self._is_fused:
             return ()
-        counters = counters_of(self.optimizer)
-        token = (self.optimizer.state, keys, [c._version for c in counters], self._updated)
+        token = self._counter_token(keys)
         if self._counters is None or not _is_same(self._counters[0], token):
             self._counters = token, equal_counters(self.optimizer, self._names)
         return self._counters[1]
+
+    def _counter_token(self, keys: Any) -> tuple[Any, ...]:
+        versions = [counter._version for counter in counters_of(self.optimizer)]
+        return self.optimizer.state, keys, versions, self._updated
+
+    def _note_counters(self) -> None:
+        """Equal counters that this step has changed alike are still equal: nobody need ask."""
+        if self._counters is None:
+            return
+        token, groups = self._counters
+        parts = [
+            part
+            for group in groups
+            for part in split_counters(group, self._updated)
+            if len(part) > 1
+        ]
+        self._counters = self._counter_token(token[1]), tuple(parts)
 
     def _holds(self, key: Any) -> bool:
         update = self._updates.get(key)
@@ -320,17 +418,45 @@ class TrainStep:
         now = [slot.read() for slot in update.hyperparameters]  # type: ignore[misc]
         return update.holds(now)
 
-    def _traced(self, batch: Any, leaves: list[Any]) -> Gradients:
+    def _with_all_sums(self, batch: Any, leaves: list[Any]) -> Any:
+        """The kind of batch that ends a window, with those sums that it adds nothing to.
+
+        Raises:
+            CaptureError: A sum is of a parameter that is not trained any more.
+        """
+        found = gradients_of(self._traced(batch, leaves).graph_module.graph)
+        zeros = self._waiting.difference(found)
+        if lost := zeros.difference(dict(_trained(self.optimizer, self._names))):
+            raise CaptureError(
+                f"gradients of {', '.join(sorted(lost))} have been added up, and now it is frozen "
+                "or gone. Change what is trained after an update, not between the batches of one."
+            )
+        if not zeros:
+            return batch
+        batch = (*batch, zeros)
+        self._traced(batch, leaves, zeros)
+        return batch
+
+    def _traced(
+        self, batch: Any, leaves: list[Any], zeros: frozenset[str] = frozenset()
+    ) -> Gradients:
         if batch not in self._gradients:
-            self._refuse_hooks()
+            if len(self._gradients) == self._state.settings.max_graphs // 2:
+                self._state.say(
+                    f"this step has been captured {len(self._gradients)} times, for as many kinds "
+                    "of batch. Every new kind costs a capture and its memory: pad batches to "
+                    "fewer shapes, and pass numbers that change as tensors."
+                )
             parameters = dict(_trained(self.optimizer, self._names))
             self._gradients[batch] = trace_gradients(
-                self.model, self.loss_fn, parameters, leaves, batch[0], self.accumulation_steps
-            )
+                self.model, self.loss_fn, parameters, leaves, batch[0], self.accumulation_steps,
+                zeros,
+            )  # fmt: skip
         return self._gradients[batch]
 
     def _traced_update(self, key: Any, gradients: Gradients) -> Update | None:
         values = {n: g.meta["val"] for n, g in gradients_of(gradients.graph_module.graph).items()}
+        refuse_sparse(values)
         on_gpu = self._state.settings.device == "cuda"
         if on_gpu and self._backend.inductor:
             counters_to_device(self.optimizer)
@@ -341,6 +467,7 @@ class TrainStep:
                     self.optimizer, self._names, values, gradients.mode,
                     context=self._context(gradients, True), lr=self._learning_rate(),
                 )  # fmt: skip
+                self._is_fused = update is not None
             if update is None:
                 update = trace_update(self.optimizer, self._names, values, gradients.mode)
         except NewState:
@@ -389,13 +516,14 @@ class TrainStep:
             is_last=is_last,
             scales=moving_scales(gradients.states),
             equal=self._counters[1] if self._counters is not None else (),
+            loss_rows=self._loss_rows,
         )
 
     def _sum_slots(self, gradients: Gradients) -> dict[str, StepSlot]:
         slots = {}
         for name, node in gradients_of(gradients.graph_module.graph).items():
-            if name not in self._sums:
-                value = node.meta["val"]
+            value = node.meta["val"]
+            if name not in self._sums or self._sums[name].shape != value.shape:
                 self._sums[name] = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
             slots[name] = StepSlot("sum", f"sum of gradient {name}", self._sum_reader(name))
         return slots
@@ -423,24 +551,42 @@ class TrainStep:
                 parameter.grad = before[name]
         return outputs
 
-    def _refuse_hooks(self) -> None:
-        hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-        if any(getattr(self.optimizer, name, None) for name in hooks):
-            raise CaptureError(
-                "the optimizer has step hooks, which a captured step would not call. Remove them "
-                "(their handle has .remove()) and do their work around the call of the step."
-            )
-        for name, parameter in _trained(self.optimizer, self._names):
-            if getattr(parameter, "_post_accumulate_grad_hooks", None):
-                raise CaptureError(
-                    f"parameter {name} has a post-accumulate-grad hook; TrainStep computes "
-                    "gradients without accumulating them. Remove it, or train with mpgraph.convert "
-                    "and mpgraph.guard."
-                )
+
+# What _forget makes.
+_CAPTURED = frozenset(
+    {
+        "_reads", "_held", "_version", "_versions", "_names", "_gradients", "_updates",
+        "_programs", "_launches", "_counters", "_updated", "_last_batch",
+    }
+)  # fmt: skip
+_ROOT_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _hook_tables(model: nn.Module) -> list[dict[int, Any]]:
+    """The model's own hooks: those of its parts belong to the version of its tree."""
+    return [vars(model)[name] for name in _ROOT_HOOKS]
+
+
+def _setting(value: Any) -> Any:
+    """What a graph depends on, of a setting in a parameter group: of numbers, the type alone."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_setting, value))
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.device
+    return (type(value), None if isinstance(value, float) else _plain(value))
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, str, type(None))) else id(value)
 
 
 def _check_arguments(
-    model: Any, optimizer: Any, loss_fn: Any, accumulation_steps: Any, max_grad_norm: Any
+    model: Any,
+    optimizer: Any,
+    loss_fn: Any,
+    accumulation_steps: Any,
+    max_grad_norm: Any,
+    chunk_loss_head: Any,
 ) -> None:
     if not isinstance(optimizer, Optimizer):
         raise PrecisionError(
@@ -467,6 +613,15 @@ def _check_arguments(
     if not isinstance(accumulation_steps, int) or accumulation_steps < 1:
         raise PrecisionError(
             f"accumulation_steps must be an integer from 1, found {accumulation_steps!r}"
+        )
+    if chunk_loss_head is not None and (
+        isinstance(chunk_loss_head, bool)
+        or not isinstance(chunk_loss_head, int)
+        or chunk_loss_head < 1
+    ):
+        raise PrecisionError(
+            f"chunk_loss_head must be a number of rows from 1, such as 1024, "
+            f"found {chunk_loss_head!r}"
         )
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise PrecisionError(f"max_grad_norm must be positive, found {max_grad_norm}")

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import mpgraph
+from mpgraph.capture.kept import HOOK
 from mpgraph.graph_text import text
 from mpgraph.module import state_of
 from mpgraph.passes.scale_backward import scale_backward
@@ -249,7 +250,8 @@ def test_a_hook_in_the_part_sees_true_gradients():
     model = Stream(lambda g: g.clamp(-limit, limit))
     converted = mpgraph.convert(model, "fp16", capture="dynamo")
     found = gradients(converted, x)
-    assert "mpgraph_hook" in mpgraph.text(converted)
+    if HOOK is not None:  # older releases run the hook in Python, between graphs
+        assert "mpgraph_hook" in mpgraph.text(converted)
     for g, want in zip(found, gradients(model, x), strict=True):
         torch.testing.assert_close(g, want, rtol=0.02, atol=1e-4)
 

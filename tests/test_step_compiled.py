@@ -1,0 +1,77 @@
+"""What the compiled halves of a TrainStep do with memory, and for batches of other sizes."""
+
+from __future__ import annotations
+
+import torch
+import torch._inductor.config
+from torch import nn
+from torch.profiler import profile
+
+import mpgraph
+from mpgraph.step import compiled, train_step
+from mpgraph.step.optimizer_places import equal_counters
+from mpgraph.step.replay import _memory
+
+
+def _peak(call) -> int:
+    """How many bytes a call takes at once, beyond what is there already."""
+    with profile(profile_memory=True) as profiler:
+        call()
+    now = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+def _exponential_step():
+    model = nn.Linear(8, 1024)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    step = mpgraph.TrainStep(
+        model, optimizer, lambda model, x: model(x).exp().square().mean(), precision="fp32"
+    )
+    x = torch.randn(1024, 8)
+    for _ in range(2):
+        step(x)
+    return lambda: step(x)
+
+
+def test_the_backward_half_writes_to_memory_that_was_kept_for_it(monkeypatch):
+    kept = 1024 * 1024 * 4  # the exponential
+    with torch._inductor.config.patch(force_disable_caches=True):
+        assert _peak(_exponential_step()) < 1.5 * kept
+        monkeypatch.setattr(compiled, "_given_away", lambda *halves: [])
+        assert _peak(_exponential_step()) > 1.9 * kept
+
+
+def test_a_replay_takes_batches_with_gaps_and_overlaps():
+    for value in (torch.arange(24.0).view(4, 6)[:, 1:], torch.ones(3, 1).expand(3, 5)):
+        memory = _memory(value).clone()
+        place = memory.as_strided(value.shape, value.stride())
+        memory.zero_()
+        _memory(place).copy_(_memory(value))
+        assert place.stride() == value.stride()
+        assert torch.equal(place, value)
+
+
+def test_counters_are_looked_at_once_and_not_at_every_step(monkeypatch):
+    looks = []
+
+    def look(*args):
+        looks.append(1)
+        return equal_counters(*args)
+
+    monkeypatch.setattr(train_step, "equal_counters", look)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    optimizer = torch.optim.RAdam(model.parameters())
+    step = mpgraph.TrainStep(model, optimizer, lambda model, x: model(x).mean(), precision="fp32")
+    for _ in range(3):
+        step(torch.ones(2, 4))
+    seen = len(looks)
+    for _ in range(3):
+        step(torch.ones(2, 4))
+    assert len(looks) == seen
+    optimizer.state[model[0].weight]["step"].add_(1)  # somebody else's doing
+    step(torch.ones(2, 4))
+    assert len(looks) == seen + 1
