@@ -8,7 +8,7 @@ from torch import nn
 from torch.profiler import profile
 
 import mpgraph
-from mpgraph.step import compiled, train_step
+from mpgraph.step import compiled, counters
 from mpgraph.step.optimizer_places import equal_counters
 from mpgraph.step.replay import _memory
 
@@ -62,7 +62,7 @@ def test_counters_are_looked_at_once_and_not_at_every_step(monkeypatch):
         looks.append(1)
         return equal_counters(*args)
 
-    monkeypatch.setattr(train_step, "equal_counters", look)
+    monkeypatch.setattr(counters, "equal_counters", look)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     optimizer = torch.optim.RAdam(model.parameters())
     step = mpgraph.TrainStep(model, optimizer, lambda model, x: model(x).mean(), precision="fp32")

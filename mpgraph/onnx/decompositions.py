@@ -154,6 +154,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 _FOR_HALF_PRODUCTS: dict[Any, Callable[..., Any]] = {aten.linear.default: _linear}
 
 OWN: dict[Any, Callable[..., Any]] = {
+    aten._is_all_true.default: lambda x: x.all(),
+    aten._is_any_true.default: lambda x: x.any(),
     aten.adaptive_max_pool2d.default: _adaptive_max_pool,
     aten.adaptive_max_pool3d.default: _adaptive_max_pool,
     # torch.onnx takes class probabilities for class numbers.

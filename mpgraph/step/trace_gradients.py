@@ -140,9 +140,8 @@ class _Trace:
         zeros: frozenset[str],
     ) -> None:
         self.model, self.loss_fn, self.spec, self.divisor = model, loss_fn, spec, divisor
-        self.parameters = parameters or {}
+        self.parameters, self.zeros = parameters or {}, zeros
         self.differentiates = parameters is not None
-        self.zeros = zeros
         self.inside: Inside | None = None
         self.result: Spec | None = None
         self.count = 0

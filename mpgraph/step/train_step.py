@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from mpgraph.conversion import convert
 from mpgraph.errors import CaptureError, MPGraphError, PrecisionError
 from mpgraph.guarding import guard, guard_of
 from mpgraph.loss_scale import LossScale
-from mpgraph.module import MixedPrecision, State, make_assignment, state_of
+from mpgraph.module import State, make_assignment, state_of
 from mpgraph.pipeline import PassReport
-from mpgraph.plain import STATE
 from mpgraph.policy import Policy
+from mpgraph.step.arguments import (
+    check_arguments,
+    converted,
+    parameter_names,
+    parameters_of,
+    trained_by,
+)
 from mpgraph.step.assemble import assemble, flat_outputs, moving_scales
 from mpgraph.step.compiled import Backend
+from mpgraph.step.counters import EqualCounters
 from mpgraph.step.joint import StepContext, gradients_of
 from mpgraph.step.loss import LossFunction, models_own_loss
-from mpgraph.step.optimizer_places import (
-    counters_of,
-    counters_to_device,
-    equal_counters,
-    split_counters,
-)
+from mpgraph.step.optimizer_places import counters_to_device
 from mpgraph.step.program import Launch, Program, with_fused_update
 from mpgraph.step.reads import LossReads
 from mpgraph.step.refusals import (
@@ -123,10 +124,10 @@ class TrainStep:
         check_finite: bool = False,
         chunk_loss_head: int | None = None,
     ) -> None:
-        _check_arguments(
+        check_arguments(
             model, optimizer, loss_fn, accumulation_steps, max_grad_norm, chunk_loss_head
         )
-        self.model = _converted(model, precision, policy)
+        self.model = converted(model, precision, policy)
         self.optimizer = optimizer
         self.loss_fn: LossFunction = loss_fn or models_own_loss
         self.accumulation_steps = accumulation_steps
@@ -136,7 +137,7 @@ class TrainStep:
         self._loss_rows = chunk_loss_head
         self._guard(max_grad_norm, scale)
         self._max_grad_norm = max_grad_norm
-        self._names = _parameter_names(self.model, optimizer)
+        self._names = parameter_names(self.model, optimizer)
         self._batches = 0
         self._sums: dict[str, torch.Tensor] = {}
         self._waiting: frozenset[str] = frozenset()  # parameters with a sum, in this window
@@ -153,8 +154,7 @@ class TrainStep:
         self._updates: dict[Any, Update | None] = {}
         self._programs: dict[Any, Program] = {}
         self._launches: dict[Any, tuple[Any, list[PassReport], Launch]] = {}
-        self._counters: tuple[Any, tuple[frozenset[str], ...]] | None = None
-        self._updated: frozenset[str] = frozenset()  # by the last step
+        self._counters = EqualCounters(self.optimizer)
         self._last_batch: tuple[list[Any], Spec] | None = None
         self._is_fused = self._backend.fused and has_fused_kernel(self.optimizer)
 
@@ -164,7 +164,7 @@ class TrainStep:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._names = _parameter_names(self.model, self.optimizer)
+        self._names = parameter_names(self.model, self.optimizer)
         self._forget()
 
     def _guard(self, max_grad_norm: float | None, scale: LossScale | float | None) -> None:
@@ -198,7 +198,7 @@ class TrainStep:
     def _call(self, leaves: list[Any], spec: Spec) -> Any:
         is_last = self._batches + 1 == self.accumulation_steps
         batch = self._key(leaves, spec)
-        refuse_hooks(self.optimizer, _parameters(self.optimizer), self._names)
+        refuse_hooks(self.optimizer, parameters_of(self.optimizer), self._names)
         refuse_lost_gradients(leaves, self._names, self._state.say)
         if is_last and self._waiting:
             batch = self._with_all_sums(batch, leaves)
@@ -318,8 +318,7 @@ class TrainStep:
 
     def _note_step(self, updated: frozenset[str], outputs: dict[str, Any]) -> None:
         """After an update of these parameters."""
-        self._updated = updated
-        self._note_counters()
+        self._counters.note(updated)
         optimizer: Any = self.optimizer
         optimizer._opt_called = True  # or schedulers warn that nothing has stepped yet
         if "found_inf" in outputs:
@@ -361,12 +360,12 @@ class TrainStep:
 
     def _held_now(self, in_model: list[int]) -> int:
         """A number that stands for the parameters of model and optimizer as they are now."""
-        parameters = [*_parameters(self.optimizer)]
+        parameters = [*parameters_of(self.optimizer)]
         hooks = [(i, *h) for i, p in enumerate(parameters) if (h := p._backward_hooks)]
         kinds = [p.dtype for p in parameters], [p.requires_grad for p in parameters]
         now: tuple[list[Any], ...] = (in_model, [*map(id, parameters)], *kinds, hooks)
         if now != self._held:
-            self._held, self._names = now, _parameter_names(self.model, self.optimizer)
+            self._held, self._names = now, parameter_names(self.model, self.optimizer)
             key = tuple([tuple(part) for part in now])
             self._version = self._versions.setdefault(key, len(self._versions))
         return self._version
@@ -378,38 +377,13 @@ class TrainStep:
             for group in self.optimizer.param_groups
         ]
         state = self.optimizer.state
-        keys = tuple([tuple(state.get(p, ())) for p in _parameters(self.optimizer)])
+        keys = tuple([tuple(state.get(p, ())) for p in parameters_of(self.optimizer)])
         return tuple(groups), keys, self._equal_counters(keys)
 
     def _equal_counters(self, keys: Any) -> tuple[frozenset[str], ...]:
-        """Which step counters are equal: what Inductor computes from one, it computes for all.
-
-        Asked of their values, which the host waits for, where they may have come apart: another
-        state was loaded, another step wrote to them, or one that updates other parameters.
-        """
         if not self._backend.inductor or self._is_fused:
             return ()
-        token = self._counter_token(keys)
-        if self._counters is None or not _is_same(self._counters[0], token):
-            self._counters = token, equal_counters(self.optimizer, self._names)
-        return self._counters[1]
-
-    def _counter_token(self, keys: Any) -> tuple[Any, ...]:
-        versions = [counter._version for counter in counters_of(self.optimizer)]
-        return self.optimizer.state, keys, versions, self._updated
-
-    def _note_counters(self) -> None:
-        """Equal counters that this step has changed alike are still equal: nobody need ask."""
-        if self._counters is None:
-            return
-        token, groups = self._counters
-        parts = [
-            part
-            for group in groups
-            for part in split_counters(group, self._updated)
-            if len(part) > 1
-        ]
-        self._counters = self._counter_token(token[1]), tuple(parts)
+        return self._counters.now(keys, self._names)
 
     def _holds(self, key: Any) -> bool:
         update = self._updates.get(key)
@@ -426,7 +400,7 @@ class TrainStep:
         """
         found = gradients_of(self._traced(batch, leaves).graph_module.graph)
         zeros = self._waiting.difference(found)
-        if lost := zeros.difference(dict(_trained(self.optimizer, self._names))):
+        if lost := zeros.difference(dict(trained_by(self.optimizer, self._names))):
             raise CaptureError(
                 f"gradients of {', '.join(sorted(lost))} have been added up, and now it is frozen "
                 "or gone. Change what is trained after an update, not between the batches of one."
@@ -447,7 +421,7 @@ class TrainStep:
                     "of batch. Every new kind costs a capture and its memory: pad batches to "
                     "fewer shapes, and pass numbers that change as tensors."
                 )
-            parameters = dict(_trained(self.optimizer, self._names))
+            parameters = dict(trained_by(self.optimizer, self._names))
             self._gradients[batch] = trace_gradients(
                 self.model, self.loss_fn, parameters, leaves, batch[0], self.accumulation_steps,
                 zeros,
@@ -515,7 +489,7 @@ class TrainStep:
             sums=self._sum_slots(gradients) if self.accumulation_steps > 1 else {},
             is_last=is_last,
             scales=moving_scales(gradients.states),
-            equal=self._counters[1] if self._counters is not None else (),
+            equal=self._counters.groups,
             loss_rows=self._loss_rows,
         )
 
@@ -538,7 +512,7 @@ class TrainStep:
         names = flat_outputs(gm)
         launch = Launch(gm.forward, step_slots(gm.graph), names)
         outputs = Program(gradients, gm, reports, None, launch)(leaves)
-        parameters = {self._names[id(p)]: p for p in _parameters(self.optimizer)}
+        parameters = {self._names[id(p)]: p for p in parameters_of(self.optimizer)}
         before = {name: p.grad for name, p in parameters.items()}
         try:
             for name, parameter in parameters.items():
@@ -556,7 +530,7 @@ class TrainStep:
 _CAPTURED = frozenset(
     {
         "_reads", "_held", "_version", "_versions", "_names", "_gradients", "_updates",
-        "_programs", "_launches", "_counters", "_updated", "_last_batch",
+        "_programs", "_launches", "_counters", "_last_batch",
     }
 )  # fmt: skip
 _ROOT_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -578,84 +552,3 @@ def _setting(value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, str, type(None))) else id(value)
-
-
-def _check_arguments(
-    model: Any,
-    optimizer: Any,
-    loss_fn: Any,
-    accumulation_steps: Any,
-    max_grad_norm: Any,
-    chunk_loss_head: Any,
-) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise PrecisionError(
-            "TrainStep takes the model, then the optimizer: expected a torch.optim.Optimizer, "
-            f"found {type(optimizer).__name__}"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise PrecisionError(
-            "LBFGS evaluates the loss several times in one step, as often as its line search "
-            "asks for, so there is no one graph of a step. Use mpgraph.convert and "
-            "optimizer.step(closure)."
-        )
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        if distributed.get_world_size() > 1:
-            raise PrecisionError(
-                "TrainStep does not add up gradients over several processes. Train with "
-                "DistributedDataParallel(mpgraph.convert(model, ...)) and mpgraph.guard."
-            )
-    if loss_fn is not None and not callable(loss_fn):
-        raise PrecisionError(
-            f"loss_fn must be a function of the model and a batch, found {type(loss_fn).__name__}"
-        )
-    if not isinstance(accumulation_steps, int) or accumulation_steps < 1:
-        raise PrecisionError(
-            f"accumulation_steps must be an integer from 1, found {accumulation_steps!r}"
-        )
-    if chunk_loss_head is not None and (
-        isinstance(chunk_loss_head, bool)
-        or not isinstance(chunk_loss_head, int)
-        or chunk_loss_head < 1
-    ):
-        raise PrecisionError(
-            f"chunk_loss_head must be a number of rows from 1, such as 1024, "
-            f"found {chunk_loss_head!r}"
-        )
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise PrecisionError(f"max_grad_norm must be positive, found {max_grad_norm}")
-
-
-def _converted(model: Any, precision: Any, policy: Any) -> nn.Module:
-    is_converted = isinstance(model, MixedPrecision) and STATE in vars(model)
-    if is_converted and precision is None:
-        return cast(nn.Module, model)
-    precision = "auto" if precision is None else precision
-    return cast(nn.Module, convert(model, precision, policy=policy))
-
-
-def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
-    return (p for group in optimizer.param_groups for p in group["params"])
-
-
-def _trained(optimizer: Optimizer, names: dict[int, str]) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((names[id(p)], p) for p in _parameters(optimizer) if p.requires_grad)
-
-
-def _is_same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
-    return before[0] is now[0] and before[1:] == now[1:]
-
-
-def _parameter_names(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
-    """By identity, the name of each of the optimizer's parameters."""
-    known = {id(p): name for name, p in model.named_parameters()}
-    names = {}
-    for index, parameter in enumerate(_parameters(optimizer)):
-        names[id(parameter)] = known.get(id(parameter), f"parameter {index} of the optimizer")
-    if names and not any(key in known for key in names):
-        raise PrecisionError(
-            f"the optimizer holds none of the parameters of {type(model).__name__}. Make it from "
-            "the model's parameters: torch.optim.AdamW(model.parameters(), ...)"
-        )
-    return names

@@ -58,7 +58,7 @@ class LanguageModel(GPT):
     """examples/gpt.py, returning logits."""
 
     def __init__(self):
-        super().__init__(GPTConfig(vocabulary=50, context=32, width=32, layers=2, heads=2))
+        super().__init__(GPTConfig(vocabulary=50, context=32, width=32, layers=1, heads=2))
 
     def forward(self, tokens):
         positions = torch.arange(tokens.shape[1], device=tokens.device)
