@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, fx
@@ -32,7 +33,7 @@ def gate_update(graph: fx.Graph, context: StepContext) -> int:
     first = next(node for node in graph.nodes if node.op == "call_function")
     last, following = append(graph, _counting(context.batches), [count], "sum", first)
     for write in writes:
-        place, value = write.all_input_nodes
+        place, value = cast("tuple[fx.Node, fx.Node]", write.args[:2])
         if place.meta["slot"].kind == "sum":
             # At once: clipping writes to the total itself.
             total = _total(place)

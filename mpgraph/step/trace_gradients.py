@@ -106,7 +106,8 @@ def trace_results(
     Raises:
         CaptureError: It cannot be traced; says why, where, and what to do.
     """
-    with torch.no_grad():
+    # Not under no_grad: a model's own no_grad blocks would then leave no trace.
+    with torch.enable_grad():
         return _run_trace(_Trace(model, function, None, spec, 1, frozenset()), leaves, dynamic)
 
 
