@@ -5,24 +5,12 @@ from __future__ import annotations
 import torch
 import torch._inductor.config
 from torch import nn
-from torch.profiler import profile
 
 import mpgraph
 from mpgraph.step import compiled, counters
 from mpgraph.step.optimizer_places import equal_counters
 from mpgraph.step.replay import _memory
-
-
-def _peak(call) -> int:
-    """How many bytes a call takes at once, beyond what is there already."""
-    with profile(profile_memory=True) as profiler:
-        call()
-    now = most = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
+from tests.peak import peak_bytes
 
 
 def _exponential_step():
@@ -40,9 +28,9 @@ def _exponential_step():
 def test_the_backward_half_writes_to_memory_that_was_kept_for_it(monkeypatch):
     kept = 1024 * 1024 * 4  # the exponential
     with torch._inductor.config.patch(force_disable_caches=True):
-        assert _peak(_exponential_step()) < 1.5 * kept
+        assert peak_bytes(_exponential_step()) < 1.5 * kept
         monkeypatch.setattr(compiled, "_given_away", lambda *halves: [])
-        assert _peak(_exponential_step()) > 1.9 * kept
+        assert peak_bytes(_exponential_step()) > 1.9 * kept
 
 
 def test_a_replay_takes_batches_with_gaps_and_overlaps():

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.profiler import profile
 
 import mpgraph
 from mpgraph import CaptureError, PrecisionError
 from mpgraph.step.assemble import assemble
 from mpgraph.step.joint import gradients_of
+from tests.peak import peak_bytes
 
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], Any]
 
@@ -93,21 +93,10 @@ def test_scores_of_all_rows_are_never_held() -> None:
             model, optimizer, mean, precision="fp32", compile=False, chunk_loss_head=rows
         )
         step(ids, ids)
-        peaks.append(_peak(lambda step=step: step(ids, ids)))
+        peaks.append(peak_bytes(lambda step=step: step(ids, ids)))
     scores = 1024 * 4096 * 4
     assert peaks[0] > 2 * scores
     assert peaks[1] < 0.5 * scores
-
-
-def _peak(call: Callable[[], Any]) -> int:
-    with profile(profile_memory=True) as profiler:
-        call()
-    now = most = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
 
 
 def test_micro_batches_add_up_as_before() -> None:
