@@ -150,6 +150,7 @@ def _compile(
     context = TracingContext(mode)
     metadata: Any = types.SimpleNamespace(bw_donated_idxs=[*given])  # as AOTAutograd says it
     context.fw_metadata = metadata
+    context.fakify_first_call = True  # or strides of symbolic sizes come back as numbers
     # What is kept for the backward half may lie as Inductor likes it; results lie as they do.
     visible = [i for i, (kind, _) in enumerate(half.results) if kind == "output"]
     half.graph_module.graph.output_node().meta["user_visible_output_idxs"] = visible
@@ -200,10 +201,10 @@ def _restrided(forward: Half, backward: Half, strides: list[Any]) -> list[Any]:
     values = []
     for (kind, name), value in zip(backward.sources, backward.values, strict=True):
         stride = laid.get(name) if kind == "kept" else None
-        if stride is not None and tuple(value.stride()) != tuple(map(int, stride)):
+        if stride is not None and [*map(str, value.stride())] != [*map(str, stride)]:
             with value.fake_mode:
                 value = torch.empty_strided(
-                    value.shape, [*map(int, stride)], dtype=value.dtype, device=value.device
+                    value.shape, [*stride], dtype=value.dtype, device=value.device
                 )
         values.append(value)
     return values

@@ -45,6 +45,7 @@ class Inside:
         states: The states of the models that were called.
         assigned: What their forward assigns to their modules.
         calls: For each call, the model and its arguments, taken apart.
+        ran: For each call, the graph that was run.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -52,6 +53,7 @@ class Inside:
         self.states: list[State] = []
         self.assigned: list[Assigned] = []
         self.calls: list[tuple[nn.Module, list[Any], Spec]] = []
+        self.ran: list[Specialisation] = []
         self._made: dict[Any, dict[str, Any]] = {}
         self._last = _last_node(graph)
         self._in_model = False
@@ -72,6 +74,7 @@ class Inside:
             entry = state.find(model, [_stand_in(leaf) for leaf in leaves], spec)
         if not isinstance(entry, Specialisation):
             raise CaptureError(_carried_by_dynamo(state, entry))
+        self.ran.append(entry)
         if state not in self.states:
             self.states.append(state)
         gm = entry.captured.graph_module

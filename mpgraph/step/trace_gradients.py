@@ -29,6 +29,7 @@ from mpgraph.step.inside import Assigned, Inside
 from mpgraph.step.joint import mark
 from mpgraph.step.loss import LossFunction, loss_of, needs_a_value
 from mpgraph.step.reads import LossReads
+from mpgraph.step.sizes import SizeGuards
 from mpgraph.step.slots import Homes, StepSlot, place_name
 from mpgraph.structure import Spec, flatten, opaque_values, unflatten
 
@@ -47,6 +48,7 @@ class Gradients:
         states: The converted models that took part.
         calls: For each call of a converted model, the model and its arguments, taken apart.
         mode: The fake mode of every value in the graph.
+        sizes: For which sizes of a batch it holds, where some are symbolic.
     """
 
     graph_module: fx.GraphModule
@@ -55,6 +57,7 @@ class Gradients:
     states: list[State]
     calls: list[tuple[nn.Module, list[Any], Spec]]
     mode: FakeTensorMode
+    sizes: SizeGuards
 
 
 def trace_gradients(
@@ -124,7 +127,11 @@ def _run_trace(trace: _Trace, leaves: Tensors, dynamic: Sequence[frozenset[int]]
     assert trace.result is not None
     assert trace.inside is not None
     inside = trace.inside
-    return Gradients(gm, trace.result, inside.assigned, inside.states, inside.calls, mode)
+    models = [
+        (e.accepts, leaves) for e, (_, leaves, _) in zip(inside.ran, inside.calls, strict=True)
+    ]
+    guards = SizeGuards(fakes if any(dynamic) else (), models)
+    return Gradients(gm, trace.result, inside.assigned, inside.states, inside.calls, mode, guards)
 
 
 class _Trace:

@@ -38,6 +38,7 @@ from mpgraph.step.refusals import (
     refuse_sparse,
 )
 from mpgraph.step.report import StepReport
+from mpgraph.step.sizes import Pattern, Sizes, varying
 from mpgraph.step.slots import StepSlot, step_slots
 from mpgraph.step.trace_gradients import Gradients, trace_gradients
 from mpgraph.step.trace_update import (
@@ -87,6 +88,10 @@ class TrainStep:
         chunk_loss_head: Compute the last linear layer and its cross-entropy for so many rows
             (tokens) at a time, with their gradients: scores over a large vocabulary are never
             held for all rows. Equal up to the order in which float32 numbers are added.
+        dynamic: As for ``torch.compile``: by default, sizes of a batch that change become symbols
+            at the second shape, and no further shape is compiled; True makes symbols of all at
+            once, False compiles every shape by itself, as replayed steps, those with
+            ``chunk_loss_head`` and those that are not compiled always do.
 
     Attributes:
         model: The converted model, for evaluation, saving and printing.
@@ -123,6 +128,7 @@ class TrainStep:
         scale: LossScale | float | None = None,
         check_finite: bool = False,
         chunk_loss_head: int | None = None,
+        dynamic: bool | None = None,
     ) -> None:
         check_arguments(
             model, optimizer, loss_fn, accumulation_steps, max_grad_norm, chunk_loss_head
@@ -135,6 +141,8 @@ class TrainStep:
         self._backend = Backend.of(compile)
         self._check_finite = check_finite or self._state.settings.scaled
         self._loss_rows = chunk_loss_head
+        varies = self._backend.inductor and not self._backend.replayed and chunk_loss_head is None
+        self._sizes = Sizes(dynamic if varies else False)
         self._guard(max_grad_norm, scale)
         self._max_grad_norm = max_grad_norm
         self._names = parameter_names(self.model, optimizer)
@@ -197,7 +205,7 @@ class TrainStep:
 
     def _call(self, leaves: list[Any], spec: Spec) -> Any:
         is_last = self._batches + 1 == self.accumulation_steps
-        batch = self._key(leaves, spec)
+        batch, leaves = self._kind(leaves, spec)
         refuse_hooks(self.optimizer, parameters_of(self.optimizer), self._names)
         refuse_lost_gradients(leaves, self._names, self._state.say)
         if is_last and self._waiting:
@@ -347,14 +355,31 @@ class TrainStep:
         self._programs[key] = self._made(gradients, update, is_last)
         return self._programs[key]
 
-    def _key(self, leaves: list[Any], spec: Spec) -> Any:
-        """What batches of one kind have in common."""
+    def _kind(self, leaves: list[Any], spec: Spec) -> tuple[Any, list[Any]]:
+        """What batches of one kind have in common; and the batch, laid out as they are."""
+        kinds = tuple([(t.dtype, t.dim(), t.device, t.requires_grad) for t in leaves])
+        patterns = self._sizes.patterns((spec, kinds), leaves)
+        if any(None in pattern for pattern in patterns):
+            laid_out = [
+                t.contiguous() if None in pattern else t
+                for t, pattern in zip(leaves, patterns, strict=True)
+            ]
+            key = self._key(laid_out, spec, patterns)
+            known = self._gradients.get(key)
+            if known is None or known.sizes.hold(leaves):
+                return key, laid_out
+        return self._key(leaves, spec, [tuple(t.shape) for t in leaves]), leaves
+
+    def _key(self, leaves: list[Any], spec: Spec, patterns: Sequence[Pattern]) -> Any:
         tree = self._state.tree(self.model)
         if not self._state.settings.precision.pure:
             tree.check_dtypes()
         held = self._held_now(tree.parameters())
         hooks = tuple([id(hook) for table in _hook_tables(self.model) for hook in table.values()])
-        kinds = [(t.dtype, t.shape, t.stride(), t.device, t.requires_grad) for t in leaves]
+        kinds = [
+            (p, None if None in p else t.stride(), t.dtype, t.device, t.requires_grad)
+            for t, p in zip(leaves, patterns, strict=True)
+        ]
         modes = tree.training(), tree.version()
         return spec, tuple(kinds), *modes, held, hooks, self._reads.state()
 
@@ -424,7 +449,7 @@ class TrainStep:
             parameters = dict(trained_by(self.optimizer, self._names))
             self._gradients[batch] = trace_gradients(
                 self.model, self.loss_fn, parameters, leaves, batch[0], self.accumulation_steps,
-                zeros,
+                zeros, [varying(pattern) for pattern, *_ in batch[1]],
             )  # fmt: skip
         return self._gradients[batch]
 

@@ -1,0 +1,105 @@
+"""Batches of other sizes: compiled twice, then never again, and right where a size decides."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mpgraph
+from mpgraph.step.sizes import Sizes, varying
+
+
+class Tokens(nn.Module):
+    """Scores for every token, after mixing them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(16, 8), nn.Linear(8, 8)
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 16)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        x = x + F.scaled_dot_product_attention(x, self.mix(x), x)
+        return self.head(self.norm(x))
+
+
+class Decides(Tokens):
+    """Does something else for large batches."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        scores = super().forward(ids)
+        return scores * 3 if ids.shape[0] > 8 else scores
+
+
+def loss_fn(model: nn.Module, ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(ids).flatten(0, 1).float(), target.flatten())
+
+
+def batches(*shapes: tuple[int, int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    ids = [torch.randint(0, 16, (batch, length + 1)) for batch, length in shapes]
+    return [(row[:, :-1], row[:, 1:]) for row in ids]
+
+
+def train(model: nn.Module, data: Any, **options: Any) -> tuple[Any, list[float]]:
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    step = mpgraph.TrainStep(model, optimizer, loss_fn, precision="bf16", **options)
+    return step, [step(*batch).item() for batch in data]
+
+
+def test_from_the_third_size_on_nothing_is_compiled() -> None:
+    model = Tokens()
+    data = batches((3, 5), (3, 5), (4, 6), (7, 2), (2, 9), (3, 5))
+    step, losses = train(model, data)
+    assert len(step._gradients) == len(step._programs) == 2
+    _, expected = train(model, data, compile=False)
+    assert losses == pytest.approx(expected, rel=2e-3)
+
+
+def test_a_size_that_decides_what_the_model_does_is_seen() -> None:
+    model = Decides()
+    data = batches((3, 5), (3, 5), (4, 5), (12, 5), (6, 5))
+    step, losses = train(model, data)
+    assert len(step._gradients) == 3  # 3; symbolic up to 8; and 12
+    _, expected = train(model, data, compile=False)
+    assert losses == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.slow
+def test_equal_sizes_of_the_first_batch_need_not_stay_equal() -> None:
+    model = Tokens()
+    data = batches((3, 3), (3, 3), (5, 5), (4, 7))
+    _, losses = train(model, data)
+    _, expected = train(model, data, compile=False)
+    assert losses == pytest.approx(expected, rel=2e-3)
+
+
+def tensors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    return [torch.empty(shape) for shape in shapes]
+
+
+def test_a_size_is_fixed_until_it_changes() -> None:
+    sizes = Sizes(None)
+    assert sizes.patterns("kind", tensors((4, 8), (4,))) == [(4, 8), (4,)]
+    assert sizes.patterns("kind", tensors((6, 8), (6,))) == [(None, 8), (None,)]
+    assert sizes.patterns("kind", tensors((4, 8), (4,))) == [(None, 8), (None,)]
+    assert sizes.patterns("other", tensors((4, 8), (4,))) == [(4, 8), (4,)]
+    assert varying((None, 8)) == {0}
+
+
+def test_sizes_of_0_and_1_are_another_kind() -> None:
+    sizes = Sizes(None)
+    sizes.patterns("kind", tensors((4, 8)))
+    sizes.patterns("kind", tensors((6, 8)))
+    assert sizes.patterns("kind", tensors((1, 8))) == [(1, 8)]
+    assert sizes.patterns("kind", tensors((5, 8))) == [(None, 8)]
+
+
+@pytest.mark.parametrize(("dynamic", "expected"), [(False, (4, 8)), (True, (None, None))])
+def test_all_or_nothing_can_be_asked_for(dynamic: bool, expected: Any) -> None:
+    assert Sizes(dynamic).patterns("kind", tensors((4, 8))) == [expected]
