@@ -22,6 +22,7 @@ from mpgraph.module import (
 from mpgraph.plain import STATE
 from mpgraph.policy import Policy
 from mpgraph.precision import Precision, allow_tf32, resolve_precision
+from mpgraph.uncompiled import is_compiled
 from mpgraph.warn import warn
 
 M = TypeVar("M", bound=nn.Module)
@@ -81,6 +82,11 @@ def convert(
     _refuse_torchscript(module, changes=resolved.pure or masters == "create")
     if resolved.tf32:
         allow_tf32()
+    if not inplace and any(is_compiled(part) for part in module.modules()):
+        warn(
+            "the model was compiled by its compile() method; what convert returns is a copy, which "
+            "is not compiled. Call compile() on that, or pass inplace=True."
+        )
     result = module if inplace else copy_tree(module)
     _change_parameters(result, resolved, masters)
     _change_class(result, settings)

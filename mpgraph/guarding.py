@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 from mpgraph.errors import PrecisionError
 from mpgraph.finding import converted_modules
 from mpgraph.finite import find_non_finite, gradients_of
+from mpgraph.grad_scaler import refuse_grad_scaler
 from mpgraph.loss_scale import CurrentScale, LossScale
 from mpgraph.module import state_of
 from mpgraph.ranges.skips import OnFloor, SkippedSteps
@@ -165,7 +165,7 @@ class _Guard:
 
         @functools.wraps(self.run)
         def step(_: Any, closure: Any = None, **options: Any) -> Any:
-            _refuse_grad_scaler()
+            refuse_grad_scaler("steps a guarded optimizer")
             return self.step(closure, **options)
 
         # A method, with a function in it: learning-rate schedulers take it apart.
@@ -293,22 +293,3 @@ def _makes_momentum(optimizer: Any) -> bool:
         for group in optimizer.param_groups
         for p in group["params"]
     )
-
-
-_GRAD_SCALER = frozenset(
-    {torch.amp.GradScaler.step.__code__, torch.amp.GradScaler._maybe_opt_step.__code__}
-)
-
-
-def _refuse_grad_scaler() -> None:
-    # The caller is the scaler, or a scheduler's wrapper whose caller is.
-    frame = sys._getframe(2)
-    for _ in range(6):
-        if frame is None:
-            return
-        if frame.f_code in _GRAD_SCALER and frame.f_locals["self"].is_enabled():
-            raise PrecisionError(
-                "torch.amp.GradScaler steps a guarded optimizer: gradients would be scaled twice. "
-                "Leave the scaler out: call loss.backward() and optimizer.step() themselves."
-            )
-        frame = frame.f_back  # type: ignore[assignment]

@@ -115,7 +115,9 @@ class MixedPrecision:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         original = state_of(self).original
-        return _rebuild, (original,), dict(vars(self))
+        # As nn.Module does: a copy of a compiled module is not compiled.
+        kept = {k: v for k, v in vars(self).items() if k != "_compiled_call_impl"}
+        return _rebuild, (original,), kept
 
     def __setstate__(self, state: Any) -> None:
         cast(Any, super()).__setstate__(state)
@@ -517,7 +519,9 @@ def copy_tree(model: nn.Module) -> nn.Module:
 
 
 def _copied_attributes(module: nn.Module, copies: dict[int, Any]) -> dict[str, Any]:
-    return {name: _redirect(value, copies) for name, value in vars(module).items()}
+    attributes = {name: _redirect(value, copies) for name, value in vars(module).items()}
+    attributes.pop("_compiled_call_impl", None)  # it runs the module that this is a copy of
+    return attributes
 
 
 def _redirect(value: Any, copies: dict[int, Any]) -> Any:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from mpgraph.grad_scaler import refuse_grad_scaler
 from mpgraph.module import MixedPrecision, state_of
 
 _unguarded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -30,11 +31,15 @@ def say_unguarded(optimizer: Optimizer, *_: Any) -> None:
 
     A model counts once its converted forward has run with gradients: the original, which has the
     same parameters, may be trained in float32.
+
+    Raises:
+        PrecisionError: A ``torch.amp.GradScaler`` steps it.
     """
     for model in list(_unguarded):
         if not isinstance(model, MixedPrecision) or state_of(model).scale.is_guarded:
             _unguarded.discard(model)
         elif state_of(model).scale.was_read and shares_parameters(optimizer, model):
+            refuse_grad_scaler("steps the optimizer of an fp16 model, which scales by itself")
             _unguarded.discard(model)
             state_of(model).say(
                 f"{type(model).__name__} trains in fp16 without a guard: a gradient that "

@@ -576,3 +576,20 @@ def test_a_model_that_is_moved_takes_its_settings_and_its_loss_scale_along(
     assert state.settings.device == "cpu"
     assert moved
     assert set(moved) == {"cpu"}
+
+
+def test_a_model_that_was_compiled_in_place_is_converted_as_it_is_and_says_so() -> None:
+    """The copy would otherwise go on to run the original's compiled code, in float32."""
+    plain = nn.Sequential(nn.Linear(2, 2))
+    plain.compile(backend="eager")
+    with pytest.warns(UserWarning, match="was compiled by its compile"):
+        model = mpgraph.convert(plain, "bf16")
+    assert model(torch.ones(1, 2)).dtype is torch.bfloat16
+    assert plain(torch.ones(1, 2)).dtype is torch.float32
+
+
+def test_a_converted_model_that_was_compiled_in_place_can_be_pickled() -> None:
+    model = mpgraph.convert(nn.Sequential(nn.Linear(2, 2)), "bf16")
+    model.compile(backend="eager")
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(torch.ones(1, 2)), model(torch.ones(1, 2)))

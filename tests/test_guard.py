@@ -796,3 +796,14 @@ def test_a_model_on_its_way_through_another_keeps_true_gradients():
     want_x = x.detach().double().requires_grad_()
     (F.softplus(exact(want_x * 3)) * 1e-7).sum().backward()
     torch.testing.assert_close(x.grad.double(), want_x.grad, rtol=5e-3, atol=1e-11)
+
+
+def test_a_grad_scaler_around_an_fp16_model_without_a_guard_is_refused() -> None:
+    model = mpgraph.convert(nn.Linear(2, 2), "fp16")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(model(torch.ones(1, 2)).float().mean() / 64).backward()
+    with pytest.raises(
+        mpgraph.PrecisionError, match="scales by itself: gradients would be scaled twice"
+    ):
+        scaler.step(optimizer)

@@ -727,3 +727,30 @@ def test_many_kinds_of_batch_are_said() -> None:
             step(torch.ones(2, 4), weight)
     with pytest.warns(UserWarning, match="has been captured 2 times"):
         step(torch.ones(2, 4), 3.0)
+
+
+def test_a_number_in_what_the_loss_function_returns_is_refused():
+    def loss_fn(model, x):
+        loss = model(x).float().square().mean()
+        return loss, loss.item()
+
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = mpgraph.TrainStep(model, optimizer, loss_fn, precision="bf16", compile=False)
+    with pytest.raises(mpgraph.CaptureError, match="needs the value of a tensor"):
+        step(torch.ones(1, 2))
+
+
+def test_a_policy_for_a_model_that_has_one_is_refused():
+    model = mpgraph.convert(nn.Linear(2, 2), "bf16")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(mpgraph.PolicyError, match="is converted already"):
+        mpgraph.TrainStep(model, optimizer, lambda model, x: model(x).mean(), policy="lean")
+
+
+def test_a_model_that_was_compiled_in_place_is_captured_as_it_is():
+    model = mpgraph.convert(nn.Linear(2, 2), "bf16")
+    model.compile(backend="eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = mpgraph.TrainStep(model, optimizer, lambda m, x: m(x).float().mean(), compile=False)
+    assert step(torch.ones(1, 2)) > step(torch.ones(1, 2))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mpgraph.ranges.report import RangeReport
 
 _MOST = 12
+_LINE = 70  # what fits beside the label
 _FEW = 3
 
 
@@ -108,19 +109,29 @@ def _cures(finding: Finding) -> Iterator[tuple[str, str]]:
     if finding.kind not in ("forward", "backward"):
         return
     if finding.tried is False and finding.overrides:
-        yield "cure", f'none found: still not finite with policy="{finding.policy}"'
+        yield from _policy("cure", "none found: still not finite with ", finding)
         return
     if finding.scale is not None:
         yield "cure", f"a lower loss scale: mpgraph.guard(…, scale={number(finding.scale)})"
         yield "", "(guard gets there by itself, one skipped step for each factor of two)"
     if finding.scale is None and finding.overrides:
-        yield "cure", f'policy="{finding.policy}"'
+        yield from _policy("cure", "", finding)
     elif 0 < len(finding.overrides) <= _FEW:
-        yield "or pin", f'policy="{finding.policy}"'
+        yield from _policy("or pin", "", finding)
     if finding.scale is None and not finding.overrides:
         yield "cure", "none found: make the values themselves smaller"
     if finding.tried:
         yield "tried", "with it the step is finite"
+
+
+def _policy(label: str, said: str, finding: Finding) -> Iterator[tuple[str, str]]:
+    """The policy to paste; where a line would break inside its quotes, its name and its pins."""
+    if len(said) + len(finding.policy) <= _LINE:
+        yield label, f'{said}policy="{finding.policy}"'
+        return
+    yield label, f"{said}policy=report.finding.policy, with these pins:"
+    for override in finding.overrides:
+        yield "", str(override)
 
 
 def summary(report: RangeReport) -> Iterator[Part]:

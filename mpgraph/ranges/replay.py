@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpgraph.capture.replaced import replaced
 from mpgraph.capture.undo import Before
 from mpgraph.errors import MPGraphError
 from mpgraph.finding import converted_modules
@@ -18,6 +17,7 @@ from mpgraph.module import state_of
 from mpgraph.ranges.measure import measure
 from mpgraph.ranges.watch import Run, Watch, is_floating
 from mpgraph.structure import flatten
+from mpgraph.uncompiled import uncompiled
 
 # What a step gives to differentiate: tensors, and the gradient to begin with at each.
 Seeds = list[tuple[torch.Tensor, torch.Tensor | None]]
@@ -73,7 +73,7 @@ def replay(step: Step, *, true: bool = False) -> Trace:
     states = [state_of(model) for model in converted_modules(step.model).values()]
     with (
         untouched(step.model, step.arguments),
-        _uncompiled(step.model),
+        uncompiled(step.model),
         Watch(true=true).active(states) as watch,
     ):
         result = step.call()
@@ -192,16 +192,6 @@ _WRAPPED = {
     "DataParallel": "module",
     "OptimizedModule": "_orig_mod",
 }
-
-
-@contextlib.contextmanager
-def _uncompiled(model: nn.Module) -> Iterator[None]:
-    """Call modules themselves, not what ``module.compile()`` made of them."""
-    compiled = [m for m in model.modules() if getattr(m, "_compiled_call_impl", None) is not None]
-    with contextlib.ExitStack() as stack:
-        for module in compiled:
-            stack.enter_context(replaced(module, "_compiled_call_impl", None))
-        yield
 
 
 def loss_seeds(loss_fn: Callable[[Any], Any] | None) -> Callable[[Any], Seeds]:

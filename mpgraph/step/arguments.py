@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mpgraph.conversion import convert
-from mpgraph.errors import PrecisionError
-from mpgraph.module import MixedPrecision
+from mpgraph.errors import PolicyError, PrecisionError
+from mpgraph.module import MixedPrecision, state_of
 from mpgraph.plain import STATE
 
 
@@ -71,6 +71,12 @@ def converted(model: Any, precision: Any, policy: Any) -> nn.Module:
     """The model itself, if it is converted and no other precision is asked for."""
     is_converted = isinstance(model, MixedPrecision) and STATE in vars(model)
     if is_converted and precision is None:
+        if policy != "default":
+            raise PolicyError(
+                f"the model is converted already, with the policy {state_of(model).settings.policy}"
+                "; TrainStep's policy is for a plain model. Pass it to mpgraph.convert, or pass "
+                "precision too, which converts the model anew."
+            )
         return cast(nn.Module, model)
     precision = "auto" if precision is None else precision
     return cast(nn.Module, convert(model, precision, policy=policy))

@@ -32,6 +32,7 @@ from mpgraph.step.reads import LossReads
 from mpgraph.step.sizes import SizeGuards
 from mpgraph.step.slots import Homes, StepSlot, place_name
 from mpgraph.structure import Spec, flatten, opaque_values, unflatten
+from mpgraph.uncompiled import uncompiled
 
 Tensors = Sequence[torch.Tensor]
 
@@ -117,7 +118,7 @@ def trace_results(
 def _run_trace(trace: _Trace, leaves: Tensors, dynamic: Sequence[frozenset[int]]) -> Gradients:
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     reads = LossReads(trace.loss_fn, trace.model)
-    with _refusing(reads), writes_taken_back(), mode, _unheard():
+    with _refusing(reads), writes_taken_back(), uncompiled(trace.model), mode, _unheard():
         varying = dynamic or [frozenset[int]()] * len(leaves)
         fakes = [_fake_leaf(mode, *pair) for pair in zip(leaves, varying, strict=True)]
         gm = _traced(trace, fakes)
@@ -166,6 +167,8 @@ class _Trace:
         outputs, self.result = flatten(value)
         for assigned in inside.assigned:
             outputs.extend(assigned.leaves)
+        if any(not isinstance(output, torch.Tensor) for output in outputs):
+            raise CaptureError(needs_a_value(""))
         self.count = len(outputs)
         returned = [*(o.detach() for o in outputs), *gradients]
         mark(inside.graph, "forward")
