@@ -351,3 +351,19 @@ def test_the_command_verifies_a_folder(
     manifest.write(folder)
     assert main(["verify", str(folder), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["loss_error"] > 0.05
+
+
+def test_an_export_that_fails_its_check_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> float:
+        raise mpgraph.ExportError("it differs")
+
+    model = nn.Linear(6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = mpgraph.TrainStep(model, optimizer, loss_fn, precision="fp32", compile=False)
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setattr("mpgraph.onnx.step_export.check_step", fail)
+    with pytest.raises(mpgraph.ExportError, match="it differs"):
+        step.export_onnx(tmp_path, example_inputs=_torch_batch(0))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,17 +78,22 @@ def export_step(
             graphs[name] = trace_question(step, question, goal, state)
     models = {name: translated(part, goal) for name, part in graphs.items()}
     values = _values(graphs.values(), seed)
+    manifest = _manifest(step, graphs, models[files.TRAIN], goal, values)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    written = _write(path, models, graphs, values, goal)
-    manifest = _manifest(step, graphs, models[files.TRAIN], goal, values)
-    if verify:
-        write_tensors(path / files.REFERENCE, reference(graph, values, leaves))
-        written.append(files.REFERENCE)
-    sums = {name: files.checksum(path / name) for name in written}
-    manifest = dataclasses.replace(manifest, files=sums)
-    manifest.write(path)
-    error = check_step(path, graph, values, leaves) if verify else None
+    # Beside where it belongs: a step that fails its check leaves what was there.
+    with tempfile.TemporaryDirectory(dir=path, prefix=".partial-") as partial:
+        made = Path(partial)
+        written = _write(made, models, graphs, values, goal)
+        if verify:
+            write_tensors(made / files.REFERENCE, reference(graph, values, leaves))
+            written.append(files.REFERENCE)
+        sums = {name: files.checksum(made / name) for name in written}
+        manifest = dataclasses.replace(manifest, files=sums)
+        manifest.write(made)
+        error = check_step(made, graph, values, leaves) if verify else None
+        for name in (*written, files.MANIFEST):
+            (made / name).replace(path / name)
     return ExportedStep(path, manifest, error)
 
 
