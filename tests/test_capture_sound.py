@@ -835,22 +835,24 @@ class Branches(nn.Module):
         return self.a(self.b(x))
 
 
-def gradients_of(model: nn.Module, x: Tensor) -> list[Tensor]:
+def gradients_of(model: nn.Module, x: Tensor, parameters: list[Tensor]) -> list[Tensor]:
     loss = model(x).float().square().sum()
-    return [*torch.autograd.grad(loss, list(model.parameters()))]
+    return [*torch.autograd.grad(loss, parameters)]
 
 
 @pytest.mark.parametrize("on_data", [False, True])
 def test_threads_that_call_a_model_while_another_captures_it_read_its_parameters(on_data):
     torch.manual_seed(0)
     model = Branches(on_data)
+    # The test's own list: while a thread captures, another finds stand-ins in their places.
+    parameters = list(model.parameters())
     inputs = [torch.randn(2 + i % 3, WIDTH) for i in range(8)]
     with torch.autocast("cpu", torch.bfloat16):
-        expected = [gradients_of(model, x) for x in inputs]
+        expected = [gradients_of(model, x, parameters) for x in inputs]
     converted = mpgraph.convert(model, "bf16", policy="autocast-cpu")
     with warnings.catch_warnings(), ThreadPoolExecutor(4) as threads:
         warnings.simplefilter("ignore")
-        results = list(threads.map(lambda x: gradients_of(converted, x), inputs))
+        results = list(threads.map(lambda x: gradients_of(converted, x, parameters), inputs))
     for result, wanted in zip(results, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(result, wanted, strict=True))
     assert all(isinstance(p, nn.Parameter) for p in converted.parameters())
