@@ -11,7 +11,7 @@ from torch import fx
 from mpgraph import ir
 from mpgraph.errors import CaptureError
 from mpgraph.pipeline import graph_pass
-from mpgraph.step.joint import StepContext, append
+from mpgraph.step.joint import StepContext, append, fresh
 from mpgraph.step.loss_head import Change, LossHead, NoLossHead, loss_heads
 
 aten = torch.ops.aten
@@ -80,19 +80,14 @@ def _put(
         value = value.t() if turned else value
         for factor in one:
             value = value * factor
+        # As the old one lies in memory: fused optimizers read it beside its parameter.
         value = value.view(like.shape) if value.dim() == 1 else value
-        return [value if value.stride() == like.stride() else _laid_out(value, like)]
+        return [value if value.stride() == like.stride() else fresh(like).copy_(value)]
 
     inputs = [new] if seed is None else [new, seed]
     (made,) = append(graph, times, inputs, "backward", before=old)
     made.meta = {**old.meta, **made.meta}
     old.replace_all_uses_with(made)
-
-
-def _laid_out(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The value in the memory layout of another: fused optimizers want their parameters'."""
-    place = torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device)
-    return place.copy_(value)
 
 
 def _chunked(

@@ -7,8 +7,6 @@ no value run here.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,10 +28,8 @@ from mpgraph import ir
 from mpgraph.errors import ExportError
 from mpgraph.onnx.functional import drop_copies, retrace
 from mpgraph.onnx.lowering import decompositions
-
-# Elements of the largest constant that folding may make: a mask or a table of the batch's size
-# would otherwise be written into the file.
-FOLDED = 1024
+from mpgraph.onnx.program import quiet
+from mpgraph.onnx.translate import FOLDED_ELEMENTS
 
 
 def translate(
@@ -59,8 +55,7 @@ def translate(
     """
     lowered = lower(gm, opset)
     _refuse_unknown(lowered, opset)
-    with warnings.catch_warnings(), _quiet():
-        warnings.simplefilter("ignore")
+    with quiet():
         try:
             model = _translated(lowered, opset)
         except torch.onnx.OnnxExporterError as error:
@@ -202,7 +197,7 @@ def clean(model: Any) -> None:
 
     common: Any = passes
     common.InlinePass()(model)
-    fold_constants_ir(model, output_size_limit=FOLDED)
+    fold_constants_ir(model, output_size_limit=FOLDED_ELEMENTS)
     for clean_up in (
         common.IdentityEliminationPass(),
         common.CommonSubexpressionEliminationPass(),
@@ -250,14 +245,3 @@ def _keep_names_apart(model: Any) -> None:
             copy.name = f"{value.name}_again_{index}"
             model.graph.outputs[index] = copy
         seen.add(value)
-
-
-class _quiet:
-    """torch.onnx says little that a user could act on."""
-
-    def __enter__(self) -> None:
-        self.logger = logging.getLogger("torch.onnx")
-        self.before, self.logger.level = self.logger.level, logging.ERROR
-
-    def __exit__(self, *_: object) -> None:
-        self.logger.level = self.before

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mpgraph.errors import ExportError
+from mpgraph.onnx.extra import library
 from mpgraph.onnx.forward_trace import evaluation, model_results, trace_question
 from mpgraph.onnx.from_graph import translate
 from mpgraph.onnx.in_place import in_place
@@ -32,6 +32,9 @@ from mpgraph.structure import Spec
 
 if TYPE_CHECKING:
     from mpgraph.step.train_step import TrainStep
+
+
+_NEEDED = ("onnx", "onnxruntime", "onnxscript", "safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,8 @@ def export_step(
     inference: bool = True,
 ) -> ExportedStep:
     """Write the folder of a step; see :meth:`mpgraph.TrainStep.export_onnx`."""
-    _need_onnx()
+    for name in _NEEDED:
+        library(name)
     goal = target_of(target, opset)
     graph = trace_step(step, leaves, spec, goal, dynamic=dynamic)
     state = frozenset(port.name for port in graph.state())
@@ -198,16 +202,3 @@ def _batch_size(graph: StepGraph) -> int:
     ports = [port for port in graph.ports if port.role == "batch"]
     sizes = [int(port.value.shape[0]) for port in ports if port.value.dim()]
     return sizes[0] if sizes else 1
-
-
-def _need_onnx() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-        import safetensors  # noqa: F401
-    except ImportError as error:
-        raise ExportError(
-            f"exporting needs {error.name}, which is not installed. pip install 'mpgraph[onnx]' "
-            "installs what is missing."
-        ) from error

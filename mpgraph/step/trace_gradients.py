@@ -26,7 +26,7 @@ from mpgraph.capture.writes import writes_taken_back
 from mpgraph.errors import CaptureError, MPGraphError
 from mpgraph.module import State
 from mpgraph.step.inside import Assigned, Inside
-from mpgraph.step.joint import mark
+from mpgraph.step.joint import fresh, mark
 from mpgraph.step.loss import LossFunction, loss_of, needs_a_value
 from mpgraph.step.reads import LossReads
 from mpgraph.step.sizes import SizeGuards
@@ -182,7 +182,7 @@ class _Trace:
         inside.watch_backward()
         gradients = torch.autograd.grad(loss, [*self.parameters.values()], allow_unused=True)
         laid_out = [
-            _zeros(parameter) if gradient is None and name in self.zeros
+            fresh(parameter).zero_() if gradient is None and name in self.zeros
             else _laid_out(gradient, parameter)
             for gradient, (name, parameter) in zip(gradients, self.parameters.items(), strict=True)
         ]  # fmt: skip
@@ -211,12 +211,6 @@ def _laid_out(gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.T
     return torch.empty_strided(
         parameter.shape, parameter.stride(), dtype=gradient.dtype, device=gradient.device
     ).copy_(gradient)
-
-
-def _zeros(parameter: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(
-        parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device
-    ).zero_()
 
 
 def _traced(trace: _Trace, fakes: Sequence[Any]) -> fx.GraphModule:
