@@ -191,14 +191,14 @@ def _warmed(step: Step, device: str) -> dict[str, Any]:
         loss = float(step())
         step()  # an optimizer's first step is a special one
         first = time.perf_counter() - started
-        for _ in range(2):
-            step()
+        # A replay takes the memory of its recording, which is one of these.
+        peaks = [peak_bytes(step, device) for _ in range(3)]
     return {
         "first_step_seconds": first,
         "first_loss": loss,
         "casts": casts.count,
         "cast_mebibytes": casts.bytes / 2**20,
-        "peak_mebibytes": peak_bytes(step, device) / 2**20,
+        "peak_mebibytes": max(peaks) / 2**20,
         "launches": launches(step, device),
     }
 
