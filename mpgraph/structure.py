@@ -92,13 +92,18 @@ def same_leaves(leaves: Iterable[Any]) -> tuple[int, ...]:
     return tuple(positions) if len(first) < len(positions) else ()
 
 
-def leaf_names(spec: Spec, prefix: str = "") -> Iterator[str]:
-    """A readable name for every leaf, built from keys, field names and positions."""
-    if isinstance(spec, Leaf):
-        yield prefix
-    elif isinstance(spec, Node):
+def named_parts(spec: Spec, prefix: str = "") -> Iterator[tuple[str, Spec]]:
+    """Everything that is no container, with a name built from keys, field names and positions."""
+    if isinstance(spec, Node):
         for name, child in zip(spec.names, spec.children, strict=True):
-            yield from leaf_names(child, f"{prefix}_{name}" if prefix else name)
+            yield from named_parts(child, f"{prefix}_{name}" if prefix else name)
+    else:
+        yield prefix, spec
+
+
+def leaf_names(spec: Spec, prefix: str = "") -> Iterator[str]:
+    """A readable name for every leaf."""
+    return (name for name, part in named_parts(spec, prefix) if isinstance(part, Leaf))
 
 
 def count_leaves(spec: Spec) -> int:

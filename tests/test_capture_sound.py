@@ -821,6 +821,26 @@ def test_a_function_transform_around_the_model_runs_it_in_eager_mode():
         torch.func.vmap(mpgraph.convert(model, "bf16", capture="export"))(x)
 
 
+def test_other_tensors_in_the_place_of_parameters_are_named_and_get_their_gradients():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()), torch.randn(4, WIDTH)
+    given = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
+
+    def gradients(model: nn.Module) -> tuple[Tensor, ...]:
+        halves = {name: p * 0.5 for name, p in given.items()}
+        out = torch.func.functional_call(model, halves, (x,))
+        return torch.autograd.grad(out.float().square().sum(), list(given.values()))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = gradients(model)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = gradients(mpgraph.convert(model, "bf16", policy="autocast-cpu"))
+    (warning,) = said
+    assert "its parameter 0.weight is another tensor" in str(warning.message)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
 class Branches(nn.Module):
     """Three ways: two by size, which export takes apart, and one by data, for Dynamo."""
 

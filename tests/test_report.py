@@ -252,6 +252,26 @@ def test_every_kind_of_call_has_a_graph() -> None:
         report.filter(graph=3)
 
 
+class Chooses(nn.Module):
+    """Two ways, chosen by an argument that is not a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, way: str = "a", scale: float = 1.0) -> torch.Tensor:
+        return (self.a(x) if way == "a" else self.b(x)) * scale
+
+
+def test_kinds_of_call_are_told_apart_by_arguments_that_are_no_tensors() -> None:
+    model = mpgraph.convert(Chooses(), "bf16")
+    x = torch.randn(2, 4)
+    model(x), model(x, "b"), model(x, scale=2.0)
+    assert [graph.label.partition(" (")[2] for graph in mpgraph.explain(model).graphs] == [
+        "x: fp32[2, 4])", "x: fp32[2, 4], way='b')", "x: fp32[2, 4], scale=2.0)",
+    ]  # fmt: skip
+
+
 def test_many_graphs_are_listed_instead_of_described() -> None:
     (graph,) = explained().graphs
     text = str(Report("Tiny", graphs=(graph,) * 5))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,9 +33,11 @@ from mpgraph.module import (
 from mpgraph.passes import DEFAULT_PASSES
 from mpgraph.pipeline import PassContext, PassReport, run_passes
 from mpgraph.precision import logger
-from mpgraph.structure import Spec, leaf_names, opaque_values
+from mpgraph.structure import Leaf, Plain, Spec, leaf_names, named_parts, opaque_values
 from mpgraph.unguarded import watch
 from mpgraph.verify import verify_scaling
+
+_VALUES_IN_LABEL = 8
 
 
 def capture_call(
@@ -48,7 +52,7 @@ def capture_call(
         watch(model)
     context = state.context()
     names = argument_names(spec)
-    label = _label(model, leaves, names)
+    label = _label(model, leaves, spec)
     shapes = [leaf.shape for leaf in leaves]
     earlier[:] = [entry for entry in earlier if not getattr(entry, "failed", False)]
     failure: BaseException
@@ -91,11 +95,12 @@ def check_overrides(state: State, model: nn.Module, *graphs: fx.GraphModule) -> 
 def argument_names(spec: Spec) -> list[str]:
     """A readable name for every tensor among the arguments of a call."""
     # The description is of (args, kwargs): "0_0" is args[0], "1_x" is kwargs["x"].
-    names = []
-    for name in leaf_names(spec):
-        group, _, rest = name.partition("_")
-        names.append(rest if group == "1" else f"arg_{rest}")
-    return names
+    return [_argument_name(name) for name in leaf_names(spec)]
+
+
+def _argument_name(name: str) -> str:
+    group, _, rest = name.partition("_")
+    return rest if group == "1" else f"arg_{rest}"
 
 
 def _dynamic_dims(leaves: list[Any], earlier: list[Any]) -> list[frozenset[int]]:
@@ -169,12 +174,20 @@ def _attempts(call: Call) -> list[Call]:
     return [dataclasses.replace(c, says_compiling=flag) for c in sizes for flag in (False, True)]
 
 
-def _label(model: nn.Module, leaves: list[Any], names: list[str]) -> str:
+def _label(model: nn.Module, leaves: list[Any], spec: Spec) -> str:
     mode = "train" if model.training else "eval"
     grad = "" if torch.is_grad_enabled() else ", no_grad"
-    shapes = ", ".join(
-        ir.describe(name, leaf)
-        for name, leaf in zip(names, leaves, strict=True)
-        if isinstance(leaf, torch.Tensor)
-    )
-    return f"{type(model).__name__} {mode}{grad} ({shapes})"
+    return f"{type(model).__name__} {mode}{grad} ({', '.join(_described(leaves, spec))})"
+
+
+def _described(leaves: list[Any], spec: Spec) -> Iterator[str]:
+    """The arguments of a call: tensors by dtype and sizes, the first few other values as text."""
+    rest, room = iter(leaves), _VALUES_IN_LABEL
+    for name, part in named_parts(spec):
+        if isinstance(part, Leaf):
+            leaf = next(rest)
+            if isinstance(leaf, torch.Tensor):
+                yield ir.describe(_argument_name(name), leaf)
+        elif isinstance(part, Plain) and part.value is not None and room:
+            room -= 1
+            yield f"{_argument_name(name)}={reprlib.repr(part.value)}" if room else "…"

@@ -11,6 +11,7 @@ import re
 _BRANCH = "it branches on the values of a tensor"
 _TRANSFORM = "a function transform such as vmap around operators"
 _NUMBER = "it makes a Python number (a size, an index) of a tensor's value"
+_REPLACED = "its parameter {0} is another tensor, as torch.func.functional_call makes it"
 _SIZE = "the size of one of its tensors depends on the values of another"
 
 # By name, since some exist in some versions of torch only; the first row that fits holds.
@@ -22,6 +23,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("DataDependentOutputException", r"aten\.(\w+)", "it asks {0} about the values of tensors"),
     ("DynamicOutputShapeException", r"aten\.(\w+)", "{0} yields as many values as the data say"),
     ("PendingUnbackedSymbolNotFound", r"", _SIZE),
+    ("SpecViolationError", r"parameter (?:model\.)?(\S+) is not an instance of", _REPLACED),
     ("UnsupportedOperatorException", r"(\w+\.\w+)", "operator {0} cannot be traced"),
     ("UnsupportedFakeTensorException", r"", "it uses a kind of tensor that cannot be traced"),
     ("ConstraintViolationError", r"", "the sizes of its inputs depend on each other"),

@@ -88,7 +88,9 @@ class BeforeRun(Before):
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         self._random = [(device, torch.cuda.get_rng_state(device)) for device in devices]
         self._random_cpu = torch.get_rng_state()
-        self._trained = [(p, p.data, p.grad, p.requires_grad) for p in model.parameters()]
+        # torch.func.functional_call puts tensors that are no leaves in the places of parameters.
+        leaves = (p for p in model.parameters() if p.is_leaf)
+        self._trained = [(p, p.data, p.grad, p.requires_grad) for p in leaves]
         self.writes = Writes()
 
     def restore(self) -> None:
