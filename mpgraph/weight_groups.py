@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 
 import torch
 from torch import fx
@@ -11,8 +11,11 @@ from torch import fx
 from mpgraph.capture.captured import Slot
 
 # How many copies are made together at most; 1 makes each by itself. Gradients wait in 16 bit for
-# those of their group: more of them would take more memory, and reach DDP's buckets later.
-GROUP = 16
+# those of their group, which takes memory, and lets them reach DDP's buckets later: a group of more
+# than a few is no larger than a third of such a bucket, in bytes of 16-bit copies.
+GROUP = 256
+FEW = 16
+BYTES_OF_MANY = 4 << 20
 # The same for parameters in their own dtype, whose gradients are there anyway.
 GROUP_OF_ALIASES = 64
 
@@ -37,12 +40,20 @@ def weight_groups(gm: fx.GraphModule) -> list[list[int]]:
         alone = i if forms[slot.target, slot.index] > 1 else None
         key = (slot.dtype, slot.scaled, reached.get(placeholders[i], 0), alone)
         alike.setdefault(key, []).append(i)
-    return [
-        same[start : start + size]
-        for same in alike.values()
-        for size in [GROUP if slots[same[0]].kind == "cast" else GROUP_OF_ALIASES]
-        for start in range(0, len(same), size)
-    ]
+    return [group for same in alike.values() for group in _cut(same, placeholders)]
+
+
+def _cut(same: list[int], placeholders: list[fx.Node]) -> Iterator[list[int]]:
+    is_copy = placeholders[same[0]].meta["slot"].kind == "cast"
+    most, group, held = GROUP if is_copy else GROUP_OF_ALIASES, list[int](), 0
+    for i in same:
+        size = placeholders[i].meta["val"].nbytes if is_copy else 0
+        if len(group) >= most or (len(group) >= FEW and held + size > BYTES_OF_MANY):
+            yield group
+            group, held = [], 0
+        group.append(i)
+        held += size
+    yield group
 
 
 def _uses(graph: fx.Graph) -> tuple[dict[fx.Node, int], dict[fx.Node, int]]:

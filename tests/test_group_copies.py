@@ -58,7 +58,7 @@ class Deep(nn.Module):
 def both_ways(monkeypatch, make, run):
     """What ``run`` gives for a model whose copies are made one by one, and in groups."""
     results = []
-    for group in (1, 16):
+    for group in (1, 256):
         monkeypatch.setattr(weight_groups, "GROUP", group)
         torch.manual_seed(0)
         results.append(run(make()))
@@ -266,7 +266,8 @@ def test_training_does_not_depend_on_groups(monkeypatch, precision, engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_forward_pass_makes_one_cast_of_every_sixteen_weights(precision, engine):
+def test_a_forward_pass_makes_one_cast_of_every_group(precision, engine, monkeypatch):
+    monkeypatch.setattr(weight_groups, "BYTES_OF_MANY", 1)
     model = mpgraph.convert(Deep(34), precision, capture=engine)
     x = torch.ones(2, 4)
     model(x)
@@ -295,7 +296,8 @@ def test_overflow_stays_infinite():
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_gradients_come_out_while_the_backward_pass_is_under_way(engine):
+def test_gradients_come_out_while_the_backward_pass_is_under_way(engine, monkeypatch):
+    monkeypatch.setattr(weight_groups, "BYTES_OF_MANY", 1)
     torch.manual_seed(0)
     model = mpgraph.convert(Deep(40), "bf16", capture=engine)
     done = {}
@@ -407,6 +409,12 @@ def test_neighbours_in_order_of_use_are_together(monkeypatch):
         ["w_layers_3_weight_bf16", "w_layers_2_weight_bf16"],
         ["w_layers_1_weight_bf16", "w_layers_0_weight_bf16"],
     ]
+
+
+@pytest.mark.parametrize(("room", "sizes"), [(1 << 20, [20]), (18 * 32, [18, 2]), (8, [16, 4])])
+def test_many_copies_are_together_only_where_they_are_small(room, sizes, monkeypatch):
+    monkeypatch.setattr(weight_groups, "BYTES_OF_MANY", room)  # a copy has 16 values of 2 bytes
+    assert [len(group) for group in groups_of(Deep(20), torch.ones(2, 4))] == sizes
 
 
 def test_a_weight_that_no_gradient_reaches_is_not_with_others():
