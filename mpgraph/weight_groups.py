@@ -12,10 +12,10 @@ from mpgraph.capture.captured import Slot
 
 # How many copies are made together at most; 1 makes each by itself. Gradients wait in 16 bit for
 # those of their group, which takes memory, and lets them reach DDP's buckets later: a group of more
-# than a few is no larger than a third of such a bucket, in bytes of 16-bit copies.
+# than a few has no more bytes of gradients than such a bucket holds (25 MiB, in fp32).
 GROUP = 256
 FEW = 16
-BYTES_OF_MANY = 4 << 20
+BYTES_OF_MANY = 8 << 20
 # The same for parameters in their own dtype, whose gradients are there anyway.
 GROUP_OF_ALIASES = 64
 
