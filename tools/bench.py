@@ -28,8 +28,9 @@ import torch
 import torch._functorch.config
 from bench_counts import Casts, launches, peak_bytes
 from bench_eager import DTYPES, machine, write
-from bench_models import CASES, case
+from bench_models import CASES, RETURN_LOSS, case
 from bench_report import markdown, plot
+from bench_trainer import TrainerSteps
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -47,9 +48,11 @@ class Ways:
     def __init__(self, name: str, device: str, precision: str) -> None:
         self.model, self.loss, self.batch = case(name, device)
         self.device, self.precision = device, precision
+        self.returns_loss = name in RETURN_LOSS
 
     def made(self, names: list[str]) -> dict[str, Step]:
         """The steps, by name."""
+        names = [name for name in names if name not in TRAINERS or self.returns_loss]
         return {name: getattr(self, _METHODS[name])() for name in names}
 
     def fp32(self) -> Step:
@@ -104,6 +107,18 @@ class Ways:
         """The whole step as one graph, the last layer and its loss in chunks."""
         return self.train_step(rows=2048 if self.device == "cuda" else 256)
 
+    def trainer(self) -> Step:
+        """The Hugging Face Trainer in 16 bit, eager."""
+        return self._trainer()
+
+    def compiled_trainer(self) -> Step:
+        """The Hugging Face Trainer in 16 bit, compiled."""
+        return self._trainer(torch_compile=True)
+
+    def _trainer(self, **options: Any) -> Step:
+        options.update({self.precision: True, "use_cpu": self.device == "cpu"})
+        return TrainerSteps(copy.deepcopy(self.model), self.batch, **options)
+
     def _guarded(self, compiler: Callable[..., Any] | None) -> Step:
         policy = f"autocast-{self.device}"
         model = mpgraph.convert(copy.deepcopy(self.model), self.precision, policy=policy)
@@ -148,7 +163,10 @@ _METHODS = {
     "TrainStep, lean": "lean_step",
     "TrainStep, chunked": "chunked_step",
     "compile, pure 16-bit": "pure",
+    "HF Trainer": "trainer",
+    "HF Trainer, compiled": "compiled_trainer",
 }
+TRAINERS = frozenset({"HF Trainer", "HF Trainer, compiled"})  # take models that return their loss
 
 
 def measure(name: str, device: str, precision: str, steps: int, ways: list[str]) -> dict[str, Any]:

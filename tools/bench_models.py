@@ -175,6 +175,9 @@ CASES: Mapping[str, Callable[[bool], Case]] = {
     "mlp": mlp,
 }  # fmt: skip
 
+# Models that take token ids and targets, and return their loss.
+RETURN_LOSS = frozenset({"gpt", "gpt-32k"})
+
 
 def case(name: str, device: str, seed: int = 0) -> tuple[Any, Callable[..., Tensor], Batch]:
     """One model of the table on a device, its loss and its batch."""
