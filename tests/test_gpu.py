@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -176,3 +177,21 @@ def test_the_loss_scale_is_on_the_gpu_before_anything_is_compiled() -> None:
                 optimizer.zero_grad()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+def test_fused_kernels_take_the_gradients_of_convolutions() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 1, 2), nn.Flatten(1)
+    )
+    x = torch.randn(8, 3, 16, 16, device="cuda")
+    losses = []
+    for compile in (False, True):
+        net = copy.deepcopy(model).cuda()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, fused=True)
+        step = mpgraph.TrainStep(
+            net, optimizer, lambda net, x: net(x).float().square().mean(), precision="bf16",
+            compile=compile,
+        )  # fmt: skip
+        losses.append([step(x).item() for _ in range(5)])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)

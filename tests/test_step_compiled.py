@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import types
+
+import pytest
 import torch
 import torch._inductor.config
-from torch import nn
+from torch import fx, nn
 
 import mpgraph
 from mpgraph.step import compiled, counters
 from mpgraph.step.optimizer_places import equal_counters
+from mpgraph.step.program import Launch, with_fused_update
 from mpgraph.step.replay import _memory
+from mpgraph.step.slots import StepSlot
 from tests.peak import peak_bytes
 
 
@@ -63,3 +68,22 @@ def test_counters_are_looked_at_once_and_not_at_every_step(monkeypatch):
     optimizer.state[model[0].weight]["step"].add_(1)  # somebody else's doing
     step(torch.ones(2, 4))
     assert len(looks) == seen + 1
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_fused_kernels_get_gradients_laid_out_as_parameters_are(size):
+    plain = torch.randn(6, 4, size, size)
+    gradient = plain.to(memory_format=torch.channels_last)
+    assert gradient.stride() != plain.stride()
+    graph = fx.Graph()
+    graph.placeholder("gradient").meta = {"slot": StepSlot("gradient", "w"), "val": plain}
+    graph.output({})
+    seen = []
+    update = fx.GraphModule({}, graph)
+    update.forward = lambda value: seen.append(value) or {}
+    first = Launch(lambda: [gradient], [], ["w"])
+    with_fused_update(first, types.SimpleNamespace(graph_module=update)).run()
+    assert seen[0].stride() == plain.stride()
+    assert torch.equal(seen[0], plain)
+    # Another order of dimensions of size 1 is no other order in memory.
+    assert (seen[0].data_ptr() == gradient.data_ptr()) is (size == 1)

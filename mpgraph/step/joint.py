@@ -84,6 +84,12 @@ def fresh(value: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
+def copied_as(value: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
+    """A copy with these strides."""
+    place = torch.empty_strided(value.shape, stride, dtype=value.dtype, device=value.device)
+    return place.copy_(value)
+
+
 def _fresh(value: Any) -> Any:
     return fresh(value) if isinstance(value, torch.Tensor) else value
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from mpgraph.notes import add_place
 from mpgraph.pipeline import PassReport
-from mpgraph.step.joint import outputs_of
+from mpgraph.step.joint import copied_as, outputs_of
 from mpgraph.step.replay import Replayed
 from mpgraph.step.slots import StepSlot, step_slots
 from mpgraph.step.trace_gradients import Gradients
@@ -91,16 +91,40 @@ def with_fused_update(first: Launch, update: Update) -> Launch:
         (slot.kind == "gradient", (from_first if slot.kind == "gradient" else place)[slot.name])
         for slot in taken
     ]
+    places = update.graph_module.graph.find_nodes(op="placeholder")
+    strides = [
+        node.meta["val"].stride() if is_gradient else None
+        for node, (is_gradient, _) in zip(places, sources, strict=True)
+    ]
     kept = [i for i, name in enumerate(first.names) if name == "results"]
     names = list(outputs_of(update.graph_module.graph))
     apply = update.graph_module.forward
 
     def run(*values: Any) -> Sequence[Any]:
         outputs = first.run(*values[:count])
-        found = apply(*[outputs[i] if is_gradient else values[i] for is_gradient, i in sources])
+        found = apply(
+            *[
+                values[i] if stride is None else laid_out(outputs[i], stride)
+                for (_, i), stride in zip(sources, strides, strict=True)
+            ]
+        )
         return [*(outputs[i] for i in kept), *found.values()]
 
     return Launch(run, [*first.slots, *others], [*(first.names[i] for i in kept), *names])
+
+
+def laid_out(value: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
+    """The same numbers with these strides: fused kernels read all their tensors in one order.
+
+    They compare strides to the number (aten/src/ATen/native/ForeachUtils.h), while Inductor takes
+    those of dimensions of size 1 for what it likes: such a value keeps its memory.
+    """
+    now = value.stride()
+    if now == stride:
+        return value
+    if all(size == 1 or a == b for size, a, b in zip(value.shape, now, stride, strict=True)):
+        return value.as_strided(value.shape, stride)
+    return copied_as(value, stride)
 
 
 class Numbers:

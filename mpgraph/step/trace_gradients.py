@@ -26,7 +26,7 @@ from mpgraph.capture.writes import writes_taken_back
 from mpgraph.errors import CaptureError, MPGraphError
 from mpgraph.module import State
 from mpgraph.step.inside import Assigned, Inside
-from mpgraph.step.joint import fresh, mark
+from mpgraph.step.joint import copied_as, fresh, mark
 from mpgraph.step.loss import LossFunction, loss_of, needs_a_value
 from mpgraph.step.reads import LossReads
 from mpgraph.step.sizes import SizeGuards
@@ -208,9 +208,7 @@ def _laid_out(gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.T
         return gradient
     if gradient.layout is not torch.strided:
         return gradient
-    return torch.empty_strided(
-        parameter.shape, parameter.stride(), dtype=gradient.dtype, device=gradient.device
-    ).copy_(gradient)
+    return copied_as(gradient, parameter.stride())
 
 
 def _traced(trace: _Trace, fakes: Sequence[Any]) -> fx.GraphModule:

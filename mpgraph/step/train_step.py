@@ -29,7 +29,7 @@ from mpgraph.step.counters import EqualCounters
 from mpgraph.step.joint import StepContext, gradients_of
 from mpgraph.step.loss import LossFunction, models_own_loss
 from mpgraph.step.optimizer_places import counters_to_device
-from mpgraph.step.program import Launch, Program, with_fused_update
+from mpgraph.step.program import Launch, Program, laid_out, with_fused_update
 from mpgraph.step.reads import LossReads
 from mpgraph.step.refusals import (
     refuse_hooks,
@@ -541,7 +541,10 @@ class TrainStep:
         before = {name: p.grad for name, p in parameters.items()}
         try:
             for name, parameter in parameters.items():
-                parameter.grad = outputs.get(name)
+                gradient = outputs.get(name)
+                if gradient is not None:
+                    gradient = laid_out(gradient, parameter.stride())
+                parameter.grad = gradient
             if self._max_grad_norm is not None and not self._check_finite:
                 nn.utils.clip_grad_norm_(parameters.values(), self._max_grad_norm)
             self.optimizer.step()
