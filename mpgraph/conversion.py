@@ -16,12 +16,12 @@ from mpgraph.module import (
     Settings,
     State,
     converted_class,
-    copy_tree,
     state_of,
 )
 from mpgraph.plain import STATE
 from mpgraph.policy import Policy
 from mpgraph.precision import Precision, allow_tf32, resolve_precision
+from mpgraph.tree_copy import copy_tree
 from mpgraph.uncompiled import is_compiled
 from mpgraph.warn import warn
 

@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
 import itertools
-import threading
-import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from mpgraph import ir
-from mpgraph.capture.captured import Assignment, Captured
-from mpgraph.direct_calls import directly
 from mpgraph.errors import CaptureError, MPGraphError
-from mpgraph.gather import gatherer
 from mpgraph.loss_scale import CurrentScale, LossScale
 from mpgraph.module_tree import ModuleTree
-from mpgraph.notes import add_place
-from mpgraph.pipeline import PassContext, PassReport
+from mpgraph.pipeline import PassContext
 from mpgraph.plain import STATE, global_hooks
 from mpgraph.policy import Policy
 from mpgraph.precision import Precision
 from mpgraph.signature import Signature
-from mpgraph.structure import Spec, count_leaves, flatten, same_leaves, unflatten
+from mpgraph.structure import Spec, flatten, same_leaves
+from mpgraph.tracing import local, lock, tracing
 from mpgraph.warn import warn
 from mpgraph.weights import WeightCopies, is_trainable_leaf
-
-_local = threading.local()
-# The same, as Dynamo can read it: whether it traces for mpgraph, or for the user.
-_tracing = types.SimpleNamespace(is_capture=False)
-# Tracing changes state of the whole process, and puts traced values in the place of a model's
-# parameters: meanwhile no other thread may read them.
-lock = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,58 +42,6 @@ class Settings:
         """Whether some gradients are in fp16, and need a loss scale."""
         runs = [override.run for override in self.policy.overrides]
         return self.precision.compute is torch.float16 or "fp16" in runs
-
-
-@dataclasses.dataclass
-class Specialisation:
-    """One captured and rewritten graph, ready to run.
-
-    Attributes:
-        label: For people: mode and argument shapes.
-        shapes: The sizes of the arguments at capture.
-        captured: The graph and what its inputs and outputs stand for.
-        reports: What each pass did.
-        context: What the passes knew.
-    """
-
-    label: str
-    shapes: list[torch.Size]
-    captured: Captured
-    reports: list[PassReport]
-    context: PassContext
-    engine: str
-    run: Callable[..., Any]
-    gather: Callable[[Sequence[Any]], list[Any]]
-    assign: Callable[[list[Any]], None] | None
-
-    @property
-    def graph_module(self) -> torch.fx.GraphModule:
-        """The rewritten graph."""
-        return self.captured.graph_module
-
-    def accepts(self, leaves: Sequence[Any]) -> bool:
-        """Whether the graph holds for these arguments' sizes."""
-        return self.captured.accepts(leaves)
-
-    def run_call(
-        self, model: nn.Module, leaves: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Run one call, given taken apart and whole: this engine needs the former."""
-        return self(leaves)
-
-    def __call__(self, leaves: Sequence[Any]) -> Any:
-        """Run the graph on the flattened arguments; give the model's result."""
-        with lock:
-            values = self.gather(leaves)
-        try:
-            outputs = self.run(*values)
-        except Exception as error:
-            add_place(error, self.graph_module)
-            raise
-        result = unflatten(self.captured.output, outputs)
-        if self.assign is not None:
-            self.assign(outputs)
-        return result
 
 
 class MixedPrecision:
@@ -153,7 +87,7 @@ def _make_class(original: type[nn.Module]) -> type[Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             state = getattr(self, STATE)
-            if _tracing.is_capture:  # as a part of another converted model
+            if tracing.is_capture:  # as a part of another converted model
                 return state.original_forward()(self, *args, **kwargs)
             return state.region(state, self, args, kwargs)
         # A slice of a converted Sequential has its class, but was never converted itself.
@@ -269,13 +203,13 @@ class State:
 
     def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call: through its graph, or the user's own forward while it is captured."""
-        if getattr(_local, "capturing", False):
+        if getattr(local, "capturing", False):
             self.say(
                 f"{type(model).__name__} is converted, and is part of another converted model, "
                 "whose precision and policy hold for both."
             )
             return self.original_forward()(model, *args, **kwargs)
-        if (traced := getattr(_local, "step", None)) is not None:
+        if (traced := getattr(local, "step", None)) is not None:
             return traced(self, model, args, kwargs)
         arguments = self.bind(model, args, kwargs)
         leaves, spec = flatten(arguments)
@@ -416,27 +350,6 @@ def times(count: int) -> str:
     return {1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
-class capturing:
-    """While this is active, converted modules run the user's own forward."""
-
-    def __enter__(self) -> None:
-        self._before = getattr(_local, "capturing", False), _tracing.is_capture
-        _local.capturing = _tracing.is_capture = True
-
-    def __exit__(self, *_: object) -> None:
-        _local.capturing, _tracing.is_capture = self._before
-
-
-@contextlib.contextmanager
-def tracing_step(call: Callable[..., Any]) -> Iterator[None]:
-    """While this is active, ``call(state, model, args, kwargs)`` runs the calls of this thread."""
-    before, _local.step = getattr(_local, "step", None), call
-    try:
-        yield
-    finally:
-        _local.step = before
-
-
 def _describe(leaf: Any) -> tuple[Any, ...]:
     if isinstance(leaf, torch.Tensor):
         gradient = (leaf.requires_grad, is_trainable_leaf(leaf))
@@ -444,100 +357,3 @@ def _describe(leaf: Any) -> tuple[Any, ...]:
         layout = leaf.is_contiguous() if leaf.layout is torch.strided else leaf.layout
         return type(leaf), leaf.dtype, leaf.dim(), leaf.device, gradient, layout
     return (type(leaf),)
-
-
-def make_specialisation(
-    model: nn.Module,
-    state: State,
-    captured: Captured,
-    reports: list[PassReport],
-    context: PassContext,
-    label: str,
-    shapes: list[torch.Size],
-) -> Specialisation:
-    """Tie a rewritten graph to the module whose parameters it reads."""
-    gm = captured.graph_module
-    run = directly(gm)
-    if any(node.target is ir.SET_GRAD for node in gm.graph.nodes):
-        run = _restoring_grad_mode(run)
-    return Specialisation(
-        label, shapes, captured, reports, context, "export", run,
-        gather=gatherer(model, captured, state.weights, state.scale),
-        assign=_assigner(model, captured),
-    )  # fmt: skip
-
-
-def _restoring_grad_mode(run: Callable[..., Any]) -> Callable[..., Any]:
-    def run_and_restore(*values: Any) -> Any:
-        before = torch.is_grad_enabled()
-        try:
-            return run(*values)
-        finally:
-            torch._C._set_grad_enabled(before)
-
-    return run_and_restore
-
-
-def _assigner(model: nn.Module, captured: Captured) -> Callable[[list[Any]], None] | None:
-    if not captured.assignments:
-        return None
-    start = count_leaves(captured.output)
-    plan = []
-    for assignment in captured.assignments:
-        count = count_leaves(assignment.spec)
-        module = model.get_submodule(assignment.module)
-        plan.append((module, assignment, start, start + count))
-        start += count
-
-    def assign(outputs: list[Any]) -> None:
-        for module, assignment, first, last in plan:
-            make_assignment(module, assignment, outputs[first:last])
-
-    return assign
-
-
-def make_assignment(module: nn.Module, assignment: Assignment, leaves: Sequence[Any]) -> None:
-    """Assign what ``forward`` assigns, from the leaves of its value."""
-    table = module._buffers if assignment.is_buffer else vars(module)
-    table[assignment.name] = unflatten(assignment.spec, leaves)
-
-
-def copy_tree(model: nn.Module) -> nn.Module:
-    """A copy of every module that shares every tensor: parameters, buffers and the rest.
-
-    As ``torch.nn.parallel.replicate`` does it; attributes that point back into the tree (a
-    stored submodule, a bound method) point into the copy.
-    """
-    copies: dict[int, Any] = {}
-    for module in model.modules():
-        if not isinstance(module, torch.jit.ScriptModule):
-            copies[id(module)] = object.__new__(type(module))
-    for module in model.modules():
-        if id(module) in copies:
-            vars(copies[id(module)]).update(_copied_attributes(module, copies))
-    return copies[id(model)]  # type: ignore[no-any-return]
-
-
-def _copied_attributes(module: nn.Module, copies: dict[int, Any]) -> dict[str, Any]:
-    attributes = {name: _redirect(value, copies) for name, value in vars(module).items()}
-    attributes.pop("_compiled_call_impl", None)  # it runs the module that this is a copy of
-    return attributes
-
-
-def _redirect(value: Any, copies: dict[int, Any]) -> Any:
-    if isinstance(value, nn.Module):
-        return copies.get(id(value), value)
-    if isinstance(value, types.MethodType) and id(value.__self__) in copies:
-        return types.MethodType(value.__func__, copies[id(value.__self__)])
-    if type(value) in (list, tuple):
-        return type(value)(_redirect(item, copies) for item in value)
-    if isinstance(value, dict):
-        fresh = copy.copy(value)
-        fresh.update((key, _redirect(item, copies)) for key, item in value.items())
-        return fresh
-    return copy.copy(value) if type(value) is set else value
-
-
-def iterate_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter once, with its path."""
-    yield from model.named_parameters()

@@ -29,10 +29,11 @@ from mpgraph.capture.own_error import note_line, raise_own_error
 from mpgraph.capture.paths import label_placeholders
 from mpgraph.errors import CaptureError, MPGraphError
 from mpgraph.infer import forget_real_tensors
-from mpgraph.module import State, capturing, is_transformed, lock
+from mpgraph.module import State, is_transformed
 from mpgraph.pipeline import PassContext, PassReport
 from mpgraph.plain import global_hooks
 from mpgraph.structure import flatten
+from mpgraph.tracing import capturing, lock
 
 # One call of a vision-language model may well be forty graphs.
 _PIECES = 8

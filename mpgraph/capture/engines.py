@@ -23,17 +23,13 @@ from mpgraph.capture.reasons import plain_reason
 from mpgraph.capture.undo import undone_on_failure
 from mpgraph.errors import MPGraphError
 from mpgraph.infer import forget_real_tensors
-from mpgraph.module import (
-    Specialisation,
-    State,
-    capturing,
-    is_transformed,
-    make_specialisation,
-)
+from mpgraph.module import State, is_transformed
 from mpgraph.passes import DEFAULT_PASSES
 from mpgraph.pipeline import PassContext, PassReport, run_passes
 from mpgraph.precision import logger
+from mpgraph.specialisation import Specialisation, make_specialisation
 from mpgraph.structure import Leaf, Plain, Spec, leaf_names, named_parts, opaque_values
+from mpgraph.tracing import capturing
 from mpgraph.unguarded import watch
 from mpgraph.verify import verify_scaling
 

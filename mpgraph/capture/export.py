@@ -25,16 +25,16 @@ from torch.export import Dim
 from torch.export.graph_signature import ConstantArgument, InputKind
 
 from mpgraph import ir
+from mpgraph.capture.attribute_changes import attribute_changes, changes_what_is_held
 from mpgraph.capture.captured import Assignment, Captured, Slot
 from mpgraph.capture.detect import NeedsDynamo, watch
-from mpgraph.capture.held import Held, held_by, held_by_code, held_in
-from mpgraph.capture.miscounts import refuse_miscounted
+from mpgraph.capture.held import Held, held_in
 from mpgraph.capture.modes import Marks
+from mpgraph.capture.size_guards import size_guards
 from mpgraph.capture.threads import other_threads_untraced
 from mpgraph.capture.transforms import refuse_transforms
 from mpgraph.capture.writes import writes_taken_back
-from mpgraph.code_state import CodeState
-from mpgraph.plain import MODULE_STATE, tables_of
+from mpgraph.plain import MODULE_STATE
 from mpgraph.structure import (
     Spec,
     count_leaves,
@@ -46,7 +46,6 @@ from mpgraph.structure import (
 from mpgraph.weights import is_trainable_leaf
 
 Forward = Callable[..., Any]
-_MISSING = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +109,8 @@ class _FlatModule(nn.Module):
             leaves = tuple(leaves[index] for index in same)
         args, kwargs = unflatten(plan.call.spec, leaves)
         held = held_in(opaque_values(plan.call.spec))
-        with _attribute_changes(plan) as changes, compiling(plan.call.says_compiling):
+        noted = attribute_changes(plan.model, plan.set_once)
+        with noted as changes, compiling(plan.call.says_compiling):
             value = plan.forward(plan.model, *args, **kwargs)
         _refuse_changed_arguments(args, kwargs, leaves, plan.call.spec, held)
         outputs, plan.output = flatten(value)
@@ -191,7 +191,7 @@ def capture_export(
     _annotate(gm, slots, call)
     _say_what_requires_grad(gm, call, model, constants)
     gm.meta["results"] = count_leaves(plan.output)
-    accepts = _guards(program)
+    accepts = size_guards(program)
     _drop_unused_placeholders(gm)
     seconds = time.perf_counter() - started
     return Captured(gm, constants, plan.output, plan.assignments, accepts, seconds)
@@ -224,7 +224,7 @@ def _settled(
     again = dataclasses.replace(plan, marks=Marks(plan.marks.device), set_once=[])
     repeated = _trace(again, autocast)
     if again.set_once or str(repeated.graph) != str(program.graph):
-        raise NeedsDynamo(_changes(plan.set_once[0]))
+        raise NeedsDynamo(changes_what_is_held(plan.set_once[0]))
     return again, repeated
 
 
@@ -294,85 +294,6 @@ def _export(wrapper: _FlatModule, call: Call) -> torch.export.ExportedProgram:
     return torch.export.export(
         wrapper, tuple(call.leaves), {}, strict=False, dynamic_shapes={"leaves": shapes}
     )
-
-
-@contextlib.contextmanager
-def _attribute_changes(plan: _Plan) -> Iterator[dict[tuple[str, str, bool], Any]]:
-    """Collect what the block assigns to modules, and put everything back as it was.
-
-    But for plain values in objects that the modules hold: those are noted in the plan.
-    """
-    model = plan.model
-    before = {path: _state(module) for path, module in model.named_modules()}
-    code = CodeState(list(model.modules()))
-    code_held, values = held_by_code(code), code.values()
-    held = [*held_by(model), *code_held]
-    changes: dict[tuple[str, str, bool], Any] = {}
-    yield changes
-    for path, module in model.named_modules():
-        old_buffers, old_attributes = before.get(path, ({}, {}))
-        changes.update(_restore(path, tables_of(module).buffers, old_buffers, True))
-        changes.update(_restore(path, vars(module), old_attributes, False))
-    for item in held:
-        if item.has_other_plain_values():
-            plan.set_once.append(item.path)
-        elif item.has_changed():
-            if item in code_held:
-                refuse_miscounted(item.path)
-            raise NeedsDynamo(_changes(item.path))
-    for name in code.changed_since(values):
-        raise NeedsDynamo(f"forward changes {name}, which a graph would freeze")
-
-
-def _changes(path: str) -> str:
-    return f"forward changes what is held by {path!r}"
-
-
-def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    attributes = {k: v for k, v in vars(module).items() if k not in MODULE_STATE}
-    return dict(tables_of(module).buffers), attributes
-
-
-# What torch.nn.RNNBase remembers of its parameters; it renews this at every call.
-_BOOKKEEPING = frozenset({"_flat_weights", "_flat_weight_refs"})
-# transformers installs its output hooks at the first call, and notes that here.
-_KEPT = frozenset({"_output_capturing_hooks_installed"})
-
-
-def _restore(
-    path: str, current: dict[str, Any], old: dict[str, Any], is_buffer: bool
-) -> dict[tuple[str, str, bool], Any]:
-    changed = {}
-    for name in list(current):
-        if not is_buffer and name in MODULE_STATE:
-            continue
-        value, earlier = current[name], old.get(name, _MISSING)
-        if value is earlier or _is_same_plain(value, earlier) or name in _KEPT:
-            continue
-        if name not in _BOOKKEEPING:
-            _refuse_plain(path, name, value)
-            changed[path, name, is_buffer] = value
-        if earlier is _MISSING:
-            del current[name]
-        else:
-            current[name] = earlier
-    return changed
-
-
-def _is_same_plain(value: Any, earlier: Any) -> bool:
-    if isinstance(value, torch.Tensor) or isinstance(earlier, torch.Tensor):
-        return False
-    try:
-        return type(value) is type(earlier) and bool(value == earlier)
-    except Exception:
-        return False
-
-
-def _refuse_plain(path: str, name: str, value: Any) -> None:
-    leaves, spec = flatten(value)
-    if not leaves or any(True for _ in opaque_values(spec)):
-        owner = f"{path}.{name}" if path else name
-        raise NeedsDynamo(f"forward changes the attribute {owner!r}, which a graph would freeze")
 
 
 _KINDS = {
@@ -463,57 +384,3 @@ def _drop_unused_placeholders(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.find_nodes(op="placeholder")):
         if not node.users:
             gm.graph.erase_node(node)
-
-
-def _guards(program: torch.export.ExportedProgram) -> Callable[[Sequence[Any]], bool]:
-    """A check of the sizes of the input leaves against what the graph was traced for."""
-    conditions = list(program._guards_code)
-    first: dict[Any, str] = {}
-    values = [
-        node.meta["captured"]
-        for node, spec in zip(
-            program.graph.find_nodes(op="placeholder"),
-            program.graph_signature.input_specs,
-            strict=True,
-        )
-        if spec.kind is InputKind.USER_INPUT
-    ]
-    for index, value in enumerate(values):
-        for dim, size in enumerate(value.shape):
-            text = f"L['leaves'][{index}].size()[{dim}]"
-            conditions.extend(_size_condition(text, size, first, program.range_constraints))
-    source = " and ".join(f"({c})" for c in conditions) or "True"
-    return _compile_guards(source)
-
-
-def _size_condition(
-    text: str, size: Any, first: dict[Any, str], ranges: dict[Any, Any]
-) -> Iterator[str]:
-    if isinstance(size, int):
-        yield f"{text} == {size}"
-        return
-    expression = size.node.expr
-    if expression in first:
-        yield f"{text} == {first[expression]}"
-        return
-    first[expression] = text
-    limits = ranges.get(expression)
-    if limits is not None:
-        yield f"{text} >= {max(int(limits.lower), 2)}"
-        if limits.upper.is_finite and limits.upper < 2**31:
-            yield f"{text} <= {int(limits.upper)}"
-    elif len(expression.free_symbols) != 1 or expression not in expression.free_symbols:
-        # A size such as 2*s0: tied to what s0 is elsewhere; the hint is the only sure value.
-        yield f"{text} == {size.node.hint}"
-
-
-def _compile_guards(source: str) -> Callable[[Sequence[Any]], bool]:
-    from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
-
-    check = eval(f"lambda L: {source}", {**SYMPY_INTERP})
-
-    def accepts(leaves: Sequence[Any]) -> bool:
-        return bool(check({"leaves": leaves}))
-
-    accepts.source = source  # type: ignore[attr-defined]
-    return accepts

@@ -15,10 +15,11 @@ from torch import nn
 
 from mpgraph.capture.breaks import line_of
 from mpgraph.capture.undo import BeforeRun
-from mpgraph.module import State, capturing
+from mpgraph.module import State
 from mpgraph.notes import add_note
 from mpgraph.pipeline import PassContext
 from mpgraph.structure import Spec, opaque_values, unflatten
+from mpgraph.tracing import capturing
 
 
 def raise_own_error(

@@ -19,11 +19,13 @@ from mpgraph.capture.detect import user_line
 from mpgraph.capture.region import TRACEABLE, bordered, untraced
 from mpgraph.errors import CaptureError
 from mpgraph.gather import home_of
-from mpgraph.module import Specialisation, State, tracing_step
+from mpgraph.module import State
 from mpgraph.pipeline import size_hint
 from mpgraph.places import is_users
+from mpgraph.specialisation import Specialisation
 from mpgraph.step.loss import needs_a_value
 from mpgraph.structure import Spec, count_leaves, flatten, unflatten
+from mpgraph.tracing import tracing_step
 
 # What a node of the step inherits from the node of a rewritten graph that it comes from.
 _INHERITED = ("module_path", "stack_trace", "decision", "nn_module_stack", "inserted")

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from mpgraph.errors import CaptureError, MPGraphError, PrecisionError
 from mpgraph.guarding import guard, guard_of
 from mpgraph.loss_scale import LossScale
-from mpgraph.module import State, make_assignment, state_of
+from mpgraph.module import State, state_of
 from mpgraph.pipeline import PassReport
 from mpgraph.policy import Policy
+from mpgraph.specialisation import make_assignment
 from mpgraph.step.arguments import (
     check_arguments,
     converted,

@@ -22,7 +22,7 @@ from .subject import DTYPES, converter
 def unrewritten(precision: str, device: str) -> Iterator[None]:
     """Let converted models, while this is active, run what was captured, under autocast."""
     from mpgraph.capture import engines
-    from mpgraph.module import Specialisation
+    from mpgraph.specialisation import Specialisation
 
     def run_call(self: Any, model: Any, leaves: Sequence[Any], args: Any, kwargs: Any) -> Any:
         with torch.autocast(device, DTYPES[precision]):
