@@ -83,7 +83,7 @@ def loss_fn(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, tor
     return {"loss": F.cross_entropy(scores, y), "accuracy": accuracy}
 
 
-def export(folder: Path, precision: str) -> None:
+def export(folder: Path, precision: str, target: str) -> None:
     """A step, and rows to train with (the last batch is a small one) and to test with."""
     torch.manual_seed(0)
     model = Net()
@@ -92,7 +92,8 @@ def export(folder: Path, precision: str) -> None:
     step = mpgraph.TrainStep(
         model, optimizer, loss_fn, precision=precision, compile=False, max_grad_norm=1.0
     )
-    step.export_onnx(folder / "step", example_inputs=rows(32, 0), verify=False)
+    example = rows(32, 0)
+    step.export_onnx(folder / "step", example_inputs=example, target=target, verify=False)
     for name, count in (("train", 32 * 12 + 5), ("test", 100)):
         x, y = rows(count, 1)
         save_file({"x": x.numpy(), "y": y.numpy()}, folder / f"{name}.safetensors")
@@ -113,14 +114,15 @@ def trained_by(command: list[object], folder: Path, runtime: str) -> tuple[list[
     return json.loads((folder / f"losses-{runtime}.json").read_text()), reached
 
 
-@pytest.mark.parametrize(
-    "precision", ["bf16", "fp16", pytest.param("fp32", marks=pytest.mark.slow)]
-)
+CASES = [("bf16", "cpu"), ("fp16", "web"), pytest.param("fp32", "web", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("precision", "target"), CASES)
 def test_javascript_trains_to_the_losses_of_python(
-    script: Path, tmp_path: Path, precision: str
+    script: Path, tmp_path: Path, precision: str, target: str
 ) -> None:
     """In Node's build of onnxruntime bit for bit; the one for browsers adds in another order."""
-    export(tmp_path, precision)
+    export(tmp_path, precision, target)
     python = [sys.executable, EXAMPLES / "on_device.py", tmp_path]
     expected, reached = trained_by(python, tmp_path, "onnxruntime")
     assert len(expected) == 13
