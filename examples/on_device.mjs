@@ -11,6 +11,7 @@ const TYPES = {
   F64: ["float64", Float64Array],
   I32: ["int32", Int32Array],
   I64: ["int64", BigInt64Array],
+  U8: ["uint8", Uint8Array],
 };
 const [folder, runtime = "onnxruntime-node"] = process.argv.slice(2);
 const { InferenceSession, Tensor } = await import(runtime);
