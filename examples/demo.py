@@ -17,7 +17,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from demo_plot import draw_losses
 from gpt import GPT, GPTConfig
+from gpt_text import english, training_batches, validation_batches
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -38,41 +39,7 @@ BATCH, SMALL_BATCH = 12, 4
 LEARNING_RATE = 1e-3
 UNTIMED_STEPS = 5  # capture, allocator and thread pools settle in the first few
 WARMUP_STEPS = 20  # over which the learning rate rises from nothing
-VALIDATION_BATCHES = 8
 MOST_STEPS, FEWEST_STEPS = 200, 60
-
-
-def english(config: GPTConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The reference manual inside Python as bytes: the first nine tenths, and the rest."""
-    from pydoc_data.topics import topics
-
-    text = "\n".join(topics[name] for name in sorted(topics)).encode()
-    data = torch.tensor(list(text), dtype=torch.long, device=device)
-    split = len(data) * 9 // 10
-    return data[:split], data[split:]
-
-
-def windows(data: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The pieces of ``data`` that begin at ``starts``, and the same pieces one byte later."""
-    index = starts[:, None] + torch.arange(length, device=data.device)
-    return data[index], data[index + 1]
-
-
-def training_batches(
-    data: Tensor, length: int, batch: int, seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches from random places, without end; the same ones for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        starts = torch.randint(len(data) - length, (batch,), generator=generator)
-        yield windows(data, starts.to(data.device), length)
-
-
-def validation_batches(data: Tensor, length: int, batch: int) -> list[tuple[Tensor, Tensor]]:
-    """A few batches spread evenly over ``data``, always the same."""
-    starts = torch.linspace(0, len(data) - length - 1, VALIDATION_BATCHES * batch).long()
-    parts = starts.to(data.device).chunk(VALIDATION_BATCHES)
-    return [windows(data, part, length) for part in parts]
 
 
 class CastCounter(TorchDispatchMode):
@@ -192,7 +159,7 @@ def train(loops: list[Loop], config: GPTConfig, batch: int, options: argparse.Na
     Without a number of steps, the first few decide how many there is time for.
     """
     steps: int | None = options.steps
-    training, held_back = english(config, options.device)
+    training, held_back = english(options.device)
     batches = training_batches(training, config.context, batch, options.seed)
     validation = validation_batches(held_back, config.context, batch)
     columns = (

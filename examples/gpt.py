@@ -72,13 +72,15 @@ class GPT(nn.Module):
             for last in (block.attention.out, block.mlp[-1]):
                 last.weight.data /= (2 * config.layers) ** 0.5
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy of predicting ``targets``, each the byte after its token."""
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The logits of the byte after each token; their mean cross-entropy with ``targets``."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.tokens(tokens) + self.positions(positions)
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x))
+        if targets is None:
+            return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 

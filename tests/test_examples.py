@@ -44,13 +44,29 @@ def test_the_whole_step_learns_and_is_shown_as_it_is(capsys):
     assert printed.rpartition("loss ")[0].split() == shown.rpartition("loss ")[0].split()
 
 
+def finetuned(name: str, monkeypatch, capfd) -> dict[str, tuple[float, float]]:
+    """Loss and accuracy, at first, in torch and without it, as an example prints them."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", [name])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    lines = re.findall(r"(.+): loss (\S+), accuracy (\S+)", capfd.readouterr().out)
+    return {who: (float(loss), float(accuracy)) for who, loss, accuracy in lines}
+
+
 @pytest.mark.slow
-def test_digits_are_learnt_without_torch_as_well_as_with_it(capfd):
+def test_digits_are_learnt_without_torch_as_well_as_with_it(monkeypatch, capfd):
     pytest.importorskip("sklearn")
-    runpy.run_path(str(EXAMPLES / "finetune_digits.py"), run_name="__main__")
-    found = dict(re.findall(r"(torch|onnxruntime): accuracy (\S+)", capfd.readouterr().out))
-    assert float(found["torch"]) > 0.97
-    assert float(found["onnxruntime"]) > float(found["torch"]) - 0.015  # five digits
+    found = finetuned("finetune_digits.py", monkeypatch, capfd)
+    assert found["torch"][1] > 0.97
+    assert found["onnxruntime"][1] > found["torch"][1] - 0.015  # five digits
+
+
+@pytest.mark.slow
+def test_adapters_learn_python_without_torch_as_well_as_with_it(monkeypatch, capfd):
+    pytest.importorskip("onnxruntime")
+    found = finetuned("finetune_text.py", monkeypatch, capfd)
+    assert found["torch"][0] < found["at first"][0] - 0.1
+    assert found["onnxruntime"] == pytest.approx(found["torch"], abs=0.005)  # nothing is random
 
 
 def test_readme_shows_the_ten_line_example_as_it_is():

@@ -38,18 +38,6 @@ from mpgraph.onnx.self_check import difference
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class LanguageModel(GPT):
-    """examples/gpt.py, returning logits."""
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """The logits of every position."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.tokens(tokens) + self.positions(positions)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))  # type: ignore[no-any-return]
-
-
 def mlp() -> nn.Module:
     """Three wide layers."""
     return nn.Sequential(
@@ -76,7 +64,7 @@ def encoder() -> nn.Module:
 MODELS: dict[str, Any] = {
     "mlp": (mlp, lambda: torch.randn(32, 512)),
     "cnn": (cnn, lambda: torch.randn(8, 3, 32, 32)),
-    "gpt": (lambda: LanguageModel(GPTConfig()), lambda: torch.randint(0, 256, (4, 64))),
+    "gpt": (lambda: GPT(GPTConfig()), lambda: torch.randint(0, 256, (4, 64))),
     "encoder": (encoder, lambda: torch.randn(4, 64, 256)),
 }
 

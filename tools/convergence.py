@@ -32,8 +32,8 @@ from mpgraph.whole_files import write_whole
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from bench_eager import Residual
-from demo import english, training_batches, validation_batches
 from gpt import GPT, GPTConfig
+from gpt_text import english, training_batches, validation_batches
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 Batch = tuple[Tensor, Tensor]
@@ -75,7 +75,7 @@ class Language(Task):
 
     def __init__(self, device: torch.device) -> None:
         self.config = GPTConfig()
-        self.training, held_back = english(self.config, device)
+        self.training, held_back = english(device)
         self.validation = validation_batches(held_back, self.config.context, 24)
 
     def model(self) -> nn.Module:

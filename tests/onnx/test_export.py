@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mpgraph
 from mpgraph.onnx import self_check
-from tests.onnx.models import MLP, MODELS, ConvNet, LanguageModel, Recurrent
+from tests.onnx.models import MLP, MODELS, ConvNet, Recurrent, language_model
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -91,7 +91,7 @@ def test_a_file_gives_the_numbers_of_the_exported_graph(tmp_path, name, precisio
 @pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.slow), "bf16"])
 def test_a_file_takes_other_batch_and_sequence_sizes(tmp_path, precision):
     torch.manual_seed(0)
-    model = mpgraph.convert(LanguageModel().eval(), precision)
+    model = mpgraph.convert(language_model().eval(), precision)
     path = tmp_path / "gpt.onnx"
     report = mpgraph.export_onnx(model, path, torch.randint(0, 50, (2, 7)))
     assert report.inputs == ("tokens: i64[batch, sequence]",)
