@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch._C import DispatchKey
 
 from mpgraph import ir
+from mpgraph.onnx.lowering.arithmetic import rrelu
 
 aten = torch.ops.aten
 
@@ -90,20 +91,6 @@ def _is_check(target: Any) -> bool:
     return "assert" in str(target) or "constrain_range" in str(target)
 
 
-def _rrelu(
-    x: Tensor,
-    noise: Tensor,
-    lower: float = 1 / 8,
-    upper: float = 1 / 3,
-    training: bool = False,
-    generator: Any = None,
-) -> Any:
-    """In eval mode, a leaky ReLU with the mean slope."""
-    if training:
-        return NotImplemented
-    return aten.leaky_relu(x, (lower + upper) / 2), noise
-
-
 def _adaptive_max_pool(x: Tensor, output_size: Sequence[int]) -> Any:
     """The largest element of each cell and its place, as aten/src/ATen/native defines cells."""
     sizes = x.shape[x.dim() - len(output_size) :]
@@ -163,5 +150,5 @@ OWN: dict[Any, Callable[..., Any]] = {
     # Its ignore_index may be a size, which torch.onnx does not take.
     aten.nll_loss.default: _composite(aten.nll_loss.default),
     aten.nll_loss_forward.default: torch._decomp.decomposition_table[aten.nll_loss_forward.default],
-    aten.rrelu_with_noise_functional.default: _rrelu,
+    aten.rrelu_with_noise_functional.default: rrelu,
 }

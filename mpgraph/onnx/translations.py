@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from mpgraph.onnx.scans import scan_of_ctc
+
 aten = torch.ops.aten
 Translation = Callable[..., Any]
 
@@ -34,6 +36,18 @@ def translations(opset: int, known: Callable[[Any], Translation]) -> Mapping[Any
         y = op.CastLike(y, x)
         return op.Div(x, y) if rounding_mode == "trunc" else floor_divide(x, y)
 
+    def by_number(target: Any, node: Translation) -> Translation:
+        translated = known(target)
+
+        def compute(x: Any, y: Any, alpha: float = 1.0) -> Any:
+            # A number that depends on the size of the batch is a value of the graph.
+            if isinstance(y, (int, float)):
+                return translated(x, y * alpha)
+            y = op.CastLike(y, x)
+            return node(x, y if alpha == 1 else op.Mul(y, op.CastLike(alpha, x)))
+
+        return compute
+
     def prod(x: Any, dims: Any = None, output_dtype: Any = None) -> Any:
         axes = op.Constant(value_ints=[int(d) for d in dims]) if dims is not None else None
         return op.ReduceProd(x, axes, keepdims=0)
@@ -42,6 +56,10 @@ def translations(opset: int, known: Callable[[Any], Translation]) -> Mapping[Any
     return {
         prims.prod.default: prod,
         aten.sym_numel.default: sym_numel,
+        aten.mul.Scalar: by_number(aten.mul.Scalar, op.Mul),
+        aten.add.Scalar: by_number(aten.add.Scalar, op.Add),
+        aten.sub.Scalar: by_number(aten.sub.Scalar, op.Sub),
         aten.div.Tensor_mode: divide,
         aten.div.Scalar_mode: divide,
+        torch.ops.mpgraph.ctc_chain.default: scan_of_ctc,
     }

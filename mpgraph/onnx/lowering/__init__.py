@@ -18,13 +18,17 @@ from mpgraph.onnx.lowering import (
     bags,
     convolution,
     copies,
+    ctc,
     interpolation,
+    linear_algebra,
+    losses,
     max_pooling,
     ordering,
     padding,
     products,
     sampling,
     scattering,
+    special,
     training,
 )
 from mpgraph.onnx.lowering.row import Row
@@ -43,6 +47,10 @@ ROWS: tuple[Row, ...] = (
     *arithmetic.ROWS,
     *training.ROWS,
     *copies.ROWS,
+    *ctc.ROWS,
+    *losses.ROWS,
+    *linear_algebra.ROWS,
+    *special.ROWS,
 )
 
 

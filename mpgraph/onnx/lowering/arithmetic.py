@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -43,6 +44,58 @@ def _shrink_backward(grad: Tensor, x: Tensor, bound: float) -> Tensor:
     return torch.where((x >= -bound) & (x <= bound), 0.0, grad)
 
 
+def _spread(root: bool, mean: bool) -> Any:
+    """Variance or its root, with the mean or without it."""
+
+    def spread(
+        x: Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False
+    ) -> Any:
+        axes = [*dim] if dim else [*range(x.dim())]
+        count = math.prod(x.shape[axis] for axis in axes)
+        away = x - x.mean(axes, keepdim=True)
+        count = count - (1 if correction is None else correction)
+        found = (away * away).sum(axes, keepdim) / count
+        found = found.sqrt() if root else found
+        return (found, x.mean(axes, keepdim)) if mean else found
+
+    return spread
+
+
+def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
+    """Each row of a lower triangle by its own maximum: that of all makes zeros of the first."""
+    if not x.dim():
+        return x
+    moved = x.transpose(dim, -1).unsqueeze(-2)
+    size = moved.shape[-1]
+    seen = torch.ones(size, size, dtype=torch.bool).tril()
+    return torch.where(seen, moved, -torch.inf).logsumexp(-1).transpose(dim, -1)
+
+
+def _signbit(x: Tensor) -> Tensor:
+    return (x < 0) | ((x == 0) & (1 / x < 0)) if x.is_floating_point() else x < 0
+
+
+def _copysign(x: Tensor, y: Tensor) -> Tensor:
+    return torch.where(_signbit(y), -x.abs(), x.abs())
+
+
+def rrelu(
+    x: Tensor,
+    noise: Tensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    generator: Any = None,
+) -> Any:
+    """In evaluation mode, a leaky ReLU with the mean slope."""
+    if training:
+        return NotImplemented
+    return aten.leaky_relu(x, (lower + upper) / 2), noise
+
+
+_VARIANCE = "sum(d**2) / (n - 1), or its root"
+_SYMBOLIC = "torchlib takes no symbolic number of elements"
+
 ROWS = (
     Row(
         (aten.softshrink_backward.default, aten.hardshrink_backward.default), _shrink_backward,
@@ -60,5 +113,20 @@ ROWS = (
     Row(
         (aten.cumprod.default,), _cumprod, "the product of every row of a lower triangle",
         "torch.cumprod; quadratic in the length",
+    ),
+    Row((aten.var.correction,), _spread(False, False), _VARIANCE, _SYMBOLIC),
+    Row((aten.std.correction,), _spread(True, False), _VARIANCE, _SYMBOLIC),
+    Row((aten.var_mean.correction,), _spread(False, True), _VARIANCE, _SYMBOLIC),
+    Row((aten.std_mean.correction,), _spread(True, True), _VARIANCE, _SYMBOLIC),
+    Row(
+        (aten.logcumsumexp.default,), _logcumsumexp,
+        "logsumexp of every row of a lower triangle",
+        "torchlib takes the maximum of all, which makes zeros of the first; quadratic",
+    ),
+    Row((aten.signbit.default,), _signbit, "x < 0, or x == 0 and 1 / x < 0", "IEEE 754"),
+    Row((aten.copysign.Tensor,), _copysign, "-|x| where y has its sign bit", "IEEE 754"),
+    Row(
+        (aten.rrelu_with_noise_functional.default,), rrelu,
+        "in evaluation mode, a leaky ReLU with the mean slope", "torch.nn.RReLU",
     ),
 )  # fmt: skip

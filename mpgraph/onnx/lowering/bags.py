@@ -80,7 +80,11 @@ def _backward(
     padding_idx: int = -1,
 ) -> Tensor:
     if scale_grad_by_freq:
-        raise ExportError("embedding_bag(scale_grad_by_freq=True) cannot be exported.")
+        raise ExportError(
+            "embedding_bag(scale_grad_by_freq=True) cannot be exported: torch divides the gradient "
+            "of an index by how often another one occurs (EmbeddingBag.cpp). Scale it yourself, or "
+            "use F.embedding(scale_grad_by_freq=True)."
+        )
     found = torch.zeros(count, grad.shape[1], dtype=grad.dtype)
     if mode == MAX:
         kept = (largest >= 0).to(grad.dtype)
@@ -93,6 +97,19 @@ def _backward(
     return found.scatter_add(0, indices.unsqueeze(1).expand(rows.shape), rows)
 
 
+def _weights_backward(
+    grad: Tensor,
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    bags: Tensor,
+    mode: int,
+    padding_idx: int = -1,
+) -> Tensor:
+    shares = (grad[bags] * weight[indices]).sum(1)
+    return shares * _counted(indices, padding_idx).to(shares.dtype)
+
+
 _SOURCE = "aten/src/ATen/native/EmbeddingBag.cpp"
 
 ROWS = (
@@ -103,5 +120,9 @@ ROWS = (
     Row(
         (aten._embedding_bag_backward.default, aten._embedding_bag_dense_backward.default),
         _backward, "scatter-add of each bag's gradient to the rows that are in it", _SOURCE,
+    ),
+    Row(
+        (aten._embedding_bag_per_sample_weights_backward.default,), _weights_backward,
+        "the product of each row with the gradient of its bag", _SOURCE,
     ),
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Backward of resizing, as one product per axis with a constant matrix.
 
-Every mode of ``interpolate`` without antialiasing is linear in the picture and a product over axes,
-so the matrix of an axis is what the operator itself makes of unit vectors.
+Every mode of ``interpolate`` is linear in the picture and a product over axes, so the matrix of an
+axis is what the operator itself makes of unit vectors.
 """
 
 from __future__ import annotations
@@ -31,10 +31,14 @@ def _nearest_exact(size: int, out: int, align: Any, scale: Any) -> Tensor:
     return aten._upsample_nearest_exact1d(torch.eye(size)[None], [out], scale)[0]  # type: ignore[no-any-return]
 
 
-def _cubic(size: int, out: int, align: Any, scale: Any) -> Tensor:
-    picture = torch.eye(size)[None, None]
-    found = aten.upsample_bicubic2d(picture, [size, out], bool(align), None, scale)
-    return found[0, 0]  # type: ignore[no-any-return]
+def _of_pictures(resize: Any) -> Matrix:
+    """Of an operator on pictures: the unit vectors are its lines."""
+
+    def matrix(size: int, out: int, align: Any, scale: Any) -> Tensor:
+        picture = torch.eye(size)[None, None]
+        return resize(picture, [size, out], bool(align), None, scale)[0, 0]  # type: ignore[no-any-return]
+
+    return matrix
 
 
 def _backward(matrix: Matrix, *, aligns: bool) -> Callable[..., Tensor]:
@@ -70,7 +74,9 @@ ROWS = (
         aten.upsample_bilinear2d_backward.default,
         aten.upsample_trilinear3d_backward.default,
     ),
-    _row(_cubic, aten.upsample_bicubic2d_backward.default),
+    _row(_of_pictures(aten.upsample_bicubic2d), aten.upsample_bicubic2d_backward.default),
+    _row(_of_pictures(aten._upsample_bilinear2d_aa), aten._upsample_bilinear2d_aa_backward.default),
+    _row(_of_pictures(aten._upsample_bicubic2d_aa), aten._upsample_bicubic2d_aa_backward.default),
     _row(
         _nearest,
         aten.upsample_nearest1d_backward.default,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,59 @@ def _as_strided_scatter(
     return flat.view(x.shape)
 
 
+def _diagonal_scatter(
+    x: Tensor, source: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1
+) -> Tensor:
+    put = _diagonal_backward(source, x.shape, offset, dim1, dim2)
+    is_put = _diagonal_backward(torch.ones_like(source), x.shape, offset, dim1, dim2)
+    return torch.where(is_put != 0, put, x)
+
+
+def _put(x: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) -> Tensor:
+    size = x.numel()
+    places = torch.where(index < 0, index + size, index).reshape(-1)
+    flat, given = x.reshape(-1), source.reshape(-1)
+    found = flat.scatter_add(0, places, given) if accumulate else flat.scatter(0, places, given)
+    return found.view(x.shape)
+
+
+def _scatter_reduce(
+    x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
+) -> Any:
+    if reduce != "mean":
+        return NotImplemented
+    given = source[tuple(slice(n) for n in index.shape)]
+    counts = torch.zeros_like(x).scatter_add(dim, index, torch.ones_like(given))
+    start = x if include_self else torch.where(counts == 0, x, 0.0)
+    total = start.scatter_add(dim, index, given)
+    return total / (counts + 1 if include_self else counts.clamp(min=1))
+
+
+def _index_reduce(
+    x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:
+    shape = [1] * source.dim()
+    shape[dim] = -1
+    places = index.view(shape).expand(source.shape)
+    return x.scatter_reduce(dim, places, source, reduce, include_self=include_self)
+
+
+def _searchsorted(
+    rows: Tensor,
+    values: Tensor,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: Tensor | None = None,
+) -> Tensor:
+    if sorter is not None:
+        rows = rows.gather(-1, sorter)
+    rows, wide = rows.unsqueeze(-2), values.unsqueeze(-1)
+    before = rows <= wide if right or side == "right" else rows < wide
+    return before.to(torch.int64).sum(-1).to(torch.int32 if out_int32 else torch.int64)
+
+
 ROWS = (
     Row(
         (aten.masked_scatter_backward.default,), _masked_scatter_backward,
@@ -73,5 +127,23 @@ ROWS = (
     Row(
         (aten.as_strided_scatter.default,), _as_strided_scatter,
         "scatter to constant places: offset + sum(i * stride)", "torch.as_strided_scatter",
+    ),
+    Row(
+        (aten.diagonal_scatter.default,), _diagonal_scatter,
+        "what is put there, and x elsewhere", "torch.diagonal_scatter",
+    ),
+    Row(
+        (aten.put.default,), _put, "scatter or scatter-add to the flattened tensor", "torch.put",
+    ),
+    Row(
+        (aten.scatter_reduce.two,), _scatter_reduce, "mean: scatter-add, / scatter-add of ones",
+        "torch.scatter_reduce; torchlib translates mean to a scatter without a reduction",
+    ),
+    Row(
+        (aten.index_reduce.default,), _index_reduce, "scatter_reduce", "torch.index_reduce",
+    ),
+    Row(
+        (aten.searchsorted.Tensor,), _searchsorted, "how many of the row are smaller",
+        "torch.searchsorted",
     ),
 )  # fmt: skip
