@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._dispatch.python import enable_python_dispatcher
 
 from mpgraph.onnx.functional import functional, in_plain_operators
 from mpgraph.onnx.ports import batch_names, output_names, ports_of, result_names, widen_ports
@@ -90,7 +91,7 @@ def trace_question(
         CaptureError: It cannot be traced.
         ExportError: It cannot be exported; says why.
     """
-    with evaluating(step.model), in_plain_operators():
+    with evaluating(step.model), in_plain_operators(), enable_python_dispatcher():
         traced = trace_results(
             step.model, question.function, question.leaves, question.spec, question.dynamic
         )

@@ -31,6 +31,9 @@ from mpgraph.onnx.lowering import decompositions
 from mpgraph.onnx.program import quiet
 from mpgraph.onnx.translate import FOLDED_ELEMENTS
 
+# Raises where a matrix is singular; without it, what is solved is infinite or NaN.
+_SINGULAR = torch.ops.aten._linalg_check_errors.default
+
 
 def translate(
     gm: fx.GraphModule,
@@ -67,12 +70,31 @@ def translate(
 
 
 def lower(gm: fx.GraphModule, opset: int = 18) -> fx.GraphModule:
-    """The same graph in operators that have a translation."""
+    """The same graph in operators that have a translation.
+
+    Raises:
+        ExportError: A translation holds for one size of the batch alone.
+    """
+    symbolic = [size for size in _sizes(gm) if not size.node.expr.is_number]
     lowered = retrace(gm, decompositions=decompositions(opset))
+    if any(size.node.expr.is_number for size in symbolic):
+        raise ExportError(
+            "an operator of the step is translated for one size of the batch alone. Export with "
+            "dynamic_batch=False."
+        )
     for node in lowered.graph.nodes:
-        if "assert" in str(node.target) and not node.users:
+        is_check = "assert" in str(node.target) or node.target is _SINGULAR
+        if is_check and not node.users:
             lowered.graph.erase_node(node)  # it checks what a caller has passed
     return lowered
+
+
+def _sizes(gm: fx.GraphModule) -> list[torch.SymInt]:
+    """The sizes of its inputs that are no numbers."""
+    values = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    sizes: list[Any] = [size for value in tensors for size in value.shape]
+    return [size for size in sizes if isinstance(size, torch.SymInt)]
 
 
 def _translated(gm: fx.GraphModule, opset: int) -> Any:

@@ -14,9 +14,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mpgraph import ir
-from mpgraph.errors import ExportError
 from mpgraph.infer import fake_mode_of
+from mpgraph.onnx.whole_operators import whole_operators
 from mpgraph.step.joint import fresh
 
 aten = torch.ops.aten
@@ -50,26 +49,7 @@ def functional(gm: fx.GraphModule) -> Functional:
         wrapped: Callable[..., Any] = functionalize(run, remove="mutations")
         return wrapped
 
-    _refuse(gm.graph)
     return _with_results(retrace(gm, wrap=wrap))
-
-
-# Operators that torch itself takes apart while a graph is traced, to something else.
-_WRONG = {
-    aten.multilabel_margin_loss_forward.default: (
-        "torch's decomposition counts classes behind the -1 that ends a row"
-    ),
-}
-
-
-def _refuse(graph: fx.Graph) -> None:
-    for node in graph.nodes:
-        if node.target in _WRONG:
-            line = ir.source_line(node)
-            raise ExportError(
-                f"%{node.name} ({node.target}) cannot be exported: {_WRONG[node.target]}. Compute "
-                "it in other operators." + (f"\n  from: {line}" if line else "")
-            )
 
 
 def retrace(
@@ -119,12 +99,15 @@ def tracing(values: Sequence[Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_plain_operators() -> Iterator[None]:
-    """No fused attention and no fused recurrent layers: they and their gradients are opaque."""
+    """No fused attention and no fused recurrent layers: they and their gradients are opaque.
+
+    What mpgraph has rows for stays whole.
+    """
     core: Any = torch._C
     before = core._get_mkldnn_enabled()
     core._set_mkldnn_enabled(False)
     try:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), whole_operators():
             yield
     finally:
         core._set_mkldnn_enabled(before)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.optim import Optimizer
 
 from mpgraph.errors import ExportError
@@ -115,7 +116,8 @@ def trace_step(
 def _gradients(step: TrainStep, leaves: Sequence[Any], spec: Spec, dynamic: bool) -> Gradients:
     parameters = [p for group in step.optimizer.param_groups for p in group["params"]]
     trained = {step._names[id(p)]: p for p in parameters if p.requires_grad}
-    with in_plain_operators():
+    # The Python dispatcher has the kernels that keep sizes symbolic, of interpolation for one.
+    with in_plain_operators(), enable_python_dispatcher():
         return trace_gradients(
             step.model, step.loss_fn, trained, leaves, spec, step.accumulation_steps,
             dynamic=batch_dims(leaves) if dynamic else (),
