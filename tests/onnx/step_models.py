@@ -192,6 +192,32 @@ def pictures(n: int) -> Batch:
     return torch.randn(n, 1, 8, 8), torch.randn(n, 1, 8, 8)
 
 
+class Speech(nn.Module):
+    """Frames of sound to classes of letters: convolution, group norm, a recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames, self.norm = nn.Conv1d(4, 8, 3, padding=1), nn.GroupNorm(2, 8)
+        self.gru, self.head = nn.GRU(8, 6, batch_first=True), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores of every letter, and of the blank, at every frame."""
+        hidden = F.silu(self.norm(self.frames(x))).transpose(1, 2)
+        return self.head(self.gru(hidden)[0])
+
+
+def spoken(n: int) -> Batch:
+    """Frames, letters, and how many there are of each."""
+    lengths = torch.randint(1, 4, (n,))
+    return torch.randn(n, 4, 9), torch.randint(1, 5, (n, 3)), lengths + 6, lengths
+
+
+def transcribe(model: nn.Module, x: Tensor, y: Tensor, frames: Tensor, letters: Tensor) -> Tensor:
+    """Connectionist temporal classification."""
+    scores = model(x).float().log_softmax(-1).transpose(0, 1)
+    return F.ctc_loss(scores, y, frames, letters, zero_infinity=True)
+
+
 def _gpt() -> Any:
     path = Path(__file__).parents[2] / "examples" / "gpt.py"
     spec = importlib.util.spec_from_file_location("example_gpt", path)
@@ -222,6 +248,7 @@ CASES: dict[str, Case] = {
     "vit": Case(ViT, images(3, 16, 5), classify),
     "lstm": Case(LSTM, tokens(20, 5), next_token),
     "unet": Case(UNet, pictures, regress),
+    "speech": Case(Speech, spoken, transcribe),
     "cnn with dropout": Case(
         lambda: CNN(0.3), images(1, 12, 4), classify, draws=True, zero=("conv1.bias",)
     ),

@@ -54,11 +54,6 @@ class Pair:
         )
         self.trainer = OnnxTrainer(folder, threads=1, verify=False)
 
-    def sizes(self, *wanted: int) -> list[int]:
-        """These sizes of a batch, or the one that tracing has fixed (GroupNorm's backward)."""
-        is_free = self.trainer.manifest.batch_size == "batch"
-        return [*wanted] if is_free else [4]
-
     def named(self, batch: Any) -> dict[str, np.ndarray[Any, Any]]:
         """A batch as the trainer takes it."""
         return {n: v.numpy() for n, v in zip(self.trainer.inputs, batch, strict=True)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,51 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Shape = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Ints:
-    """Integers from 0 up to a bound."""
-
-    shape: Shape
-    bound: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Bools:
-    """Truth values, of which the first is True."""
-
-    shape: Shape
-
-
-@dataclasses.dataclass(frozen=True)
-class Positive:
-    """Numbers from 0.5 to 1.5."""
-
-    shape: Shape
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One operator.
-
-    Attributes:
-        name: Its name, and what is special about the call.
-        function: Takes tensors and returns one or several.
-        shapes: Each a tuple of what it takes: a shape stands for normally distributed numbers.
-        quick: Whether it belongs to the tests that always run.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    shapes: tuple[tuple[Any, ...], ...]
-    quick: bool = False
-
-
-def row(name: str, function: Callable[..., Any], *shapes: Any, quick: bool = False) -> Row:
-    """A row; each of ``shapes`` is a tuple of inputs."""
-    return Row(name, function, shapes, quick)
+from .survey_row import Bools, Ints, Positive, Row, recurrent, row
 
 
 def conv(**options: Any) -> Callable[..., Any]:
@@ -73,22 +28,6 @@ def up(**options: Any) -> Callable[..., Any]:
     def run(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         calls = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
         return calls[w.dim()](x, w, b, **options)
-
-    return run
-
-
-def recurrent(kind: type[nn.Module], **options: Any) -> Callable[..., Any]:
-    """A recurrent layer of size 3 to 4, whose weights come from one tensor."""
-
-    layer: Any = kind(3, 4, **options)
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        n: torch.randn(p.shape, generator=generator) * 0.3 for n, p in layer.named_parameters()
-    }
-
-    def run(x: Tensor, factor: Tensor) -> Tensor:
-        given = {n: w.to(x.dtype) * factor for n, w in weights.items()}
-        return torch.func.functional_call(layer, given, (x,))[0]
 
     return run
 
@@ -113,7 +52,7 @@ def _batch_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 ROWS: tuple[Row, ...] = (
     # Products
     row("mm", torch.mm, ((3, 4), (4, 5)), ((1, 7), (7, 1)), quick=True),
-    row("addmm", torch.addmm, ((5,), (3, 4), (4, 5))),
+    row("addmm", torch.addmm, ((5,), (3, 4), (4, 5)), fixed=True),
     row("bmm", torch.bmm, ((2, 3, 4), (2, 4, 5))),
     row("baddbmm", lambda a, b, c: torch.baddbmm(a, b, c, beta=0.5, alpha=2), ((2, 3, 5), (2, 3, 4), (2, 4, 5))),
     row("matmul", torch.matmul, ((2, 3, 4), (4, 5)), ((4,), (2, 4, 3)), ((3, 4), (4,))),
@@ -187,8 +126,8 @@ ROWS: tuple[Row, ...] = (
     row("index_add", lambda x, i, v: x.index_add(0, i, v), ((5, 3), Ints((4,), 5), (4, 3))),
     row("index_copy", lambda x, v: x.index_copy(0, torch.tensor([3, 1]), v), ((5, 3), (2, 3))),
     row("masked_fill", lambda x, m: x.masked_fill(m, -2.0), ((3, 5), Bools((3, 5))), quick=True),
-    row("masked_scatter", lambda x, m, v: x.masked_scatter(m, v), ((3, 5), Bools((3, 5)), (15,))),
-    row("take_along_dim", lambda x, i: x.take_along_dim(i, 1), ((3, 5), Ints((3, 2), 5))),
+    row("masked_scatter", lambda x, m, v: x.masked_scatter(m, v), ((3, 5), Bools((3, 5)), (15,)), fixed=True),
+    row("take_along_dim", lambda x, i: x.take_along_dim(i, 1), ((3, 5), Ints((3, 2), 5)), fixed=True),
     row("where", lambda m, x, y: torch.where(m, x, y), (Bools((3, 5)), (3, 5), (5,))),
     row("one_hot", lambda i, x: F.one_hot(i, 7).to(x.dtype) @ x, (Ints((4,), 7), (7, 2))),
     # Order
@@ -222,7 +161,7 @@ ROWS: tuple[Row, ...] = (
     row("norm inf", lambda x: torch.linalg.vector_norm(x, float("inf"), 1), ((3, 5),)),
     row("renorm", lambda x: F.normalize(x, dim=1), ((3, 5),)),
     row("diff", lambda x: x.diff(dim=1), ((3, 5),)),
-    row("trace", torch.trace, ((4, 4),)),
+    row("trace", torch.trace, ((4, 4),), fixed=True),
     # Activations
     *(
         row(name, function, ((3, 5),), quick=name in ("gelu", "silu"))
@@ -256,9 +195,9 @@ ROWS: tuple[Row, ...] = (
     row("sdpa grouped", _sdpa(enable_gqa=True), ((2, 4, 5, 4), (2, 2, 6, 4), (2, 2, 6, 4))),
     # Recurrent layers
     row("lstm", recurrent(nn.LSTM, batch_first=True), ((2, 4, 3), (1,)), quick=True),
-    row("lstm two ways", recurrent(nn.LSTM, bidirectional=True, num_layers=2), ((4, 2, 3), (1,))),
-    row("gru", recurrent(nn.GRU), ((4, 2, 3), (1,))),
-    row("rnn", recurrent(nn.RNN), ((4, 2, 3), (1,))),
+    row("lstm two ways", recurrent(nn.LSTM, bidirectional=True, num_layers=2), ((4, 2, 3), (1,)), fixed=True),
+    row("gru", recurrent(nn.GRU), ((4, 2, 3), (1,)), fixed=True),
+    row("rnn", recurrent(nn.RNN), ((4, 2, 3), (1,)), fixed=True),
     # Losses
     row("cross_entropy", lambda x, y: F.cross_entropy(x, y), ((4, 5), Ints((4,), 5)), ((2, 5, 3), Ints((2, 3), 5)), quick=True),
     row("cross_entropy ignoring", lambda x, y: F.cross_entropy(x, y, ignore_index=2), ((6, 5), Ints((6,), 5))),
@@ -275,7 +214,7 @@ ROWS: tuple[Row, ...] = (
     row("kl_div", lambda x, y: F.kl_div(x.log_softmax(1), y.softmax(1), reduction="batchmean"), ((3, 5), (3, 5))),
     row("poisson", lambda x, y: F.poisson_nll_loss(x, y.abs()), ((3, 5), (3, 5))),
     row("hinge_embedding", lambda x, y: F.hinge_embedding_loss(x, 2.0 * y - 1), ((6,), Ints((6,), 2))),
-    row("margin_ranking", lambda x, y: F.margin_ranking_loss(x, y, torch.ones(5), 0.3), ((5,), (5,))),
+    row("margin_ranking", lambda x, y: F.margin_ranking_loss(x, y, torch.ones(5), 0.3), ((5,), (5,)), fixed=True),
     row("triplet", F.triplet_margin_loss, ((4, 5), (4, 5), (4, 5))),
     row("cosine_similarity", F.cosine_similarity, ((4, 5), (4, 5))),
     # Sizes
@@ -293,7 +232,7 @@ ROWS: tuple[Row, ...] = (
     row("grid_sample", lambda x, g: F.grid_sample(x, g.tanh(), align_corners=False), ((2, 3, 5, 6), (2, 4, 3, 2)), quick=True),
     row("grid_sample border", lambda x, g: F.grid_sample(x, g, padding_mode="border", align_corners=True), ((2, 3, 5, 6), (2, 4, 3, 2))),
     row("grid_sample nearest", lambda x, g: F.grid_sample(x, g.tanh(), mode="nearest", align_corners=False), ((2, 3, 5, 6), (2, 4, 3, 2))),
-    row("affine_grid", lambda t: F.affine_grid(t, [2, 3, 4, 5], align_corners=False), ((2, 2, 3),)),
+    row("affine_grid", lambda t: F.affine_grid(t, [2, 3, 4, 5], align_corners=False), ((2, 2, 3),), fixed=True),
     row("pixel_shuffle", lambda x: F.pixel_shuffle(x, 2), ((2, 8, 3, 4),)),
     row("pixel_unshuffle", lambda x: F.pixel_unshuffle(x, 2), ((2, 3, 4, 6),)),
     row("unfold", lambda x: F.unfold(x, 3, padding=1, stride=2), _IMAGE),
@@ -305,7 +244,7 @@ ROWS: tuple[Row, ...] = (
     row("split", lambda x: x.split([2, 3], 1)[1], ((3, 5),)),
     row("chunk", lambda x: torch.cat(x.chunk(3, 1)[::-1], 1), ((2, 7),)),
     row("unbind", lambda x: x.unbind(1)[2], ((2, 4, 3),)),
-    row("expand", lambda x: x.expand(4, 3, 5), ((3, 1),)),
+    row("expand", lambda x: x.expand(4, 3, 5), ((3, 1),), fixed=True),
     row("repeat", lambda x: x.repeat(2, 3), ((3, 2),)),
     row("repeat_interleave", lambda x: x.repeat_interleave(2, 1), ((3, 4),)),
     row("tile", lambda x: x.tile(2, 2), ((3, 2),)),
@@ -321,11 +260,11 @@ ROWS: tuple[Row, ...] = (
     row("diag_embed", torch.diag_embed, ((3, 4),)),
     row("tril", lambda x: x.tril(1), ((4, 5),)),
     row("unfold of a tensor", lambda x: x.unfold(1, 3, 2), ((2, 9),)),
-    row("as_strided", lambda x: x.as_strided((3, 2), (2, 1), 1), ((4, 3),)),
-    row("squeeze", lambda x: x.squeeze((0, 2)), ((1, 3, 1),)),
+    row("as_strided", lambda x: x.as_strided((3, 2), (2, 1), 1), ((4, 3),), fixed=True),
+    row("squeeze", lambda x: x.squeeze((0, 2)), ((1, 3, 1),), fixed=True),
     row("movedim", lambda x: x.movedim(0, -1), ((3, 2, 4),)),
     row("meshgrid", lambda x, y: torch.meshgrid(x, y, indexing="ij")[0] * 2, ((3,), (4,))),
-    row("block_diag", torch.block_diag, ((2, 3), (1, 2))),
+    row("block_diag", torch.block_diag, ((2, 3), (1, 2)), fixed=True),
     # Arithmetic
     *(
         row(name, function, (Positive((3, 5)),))

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mpgraph.errors import ExportError
 from mpgraph.onnx import lowering
-from mpgraph.onnx.functional import functional
+from mpgraph.onnx.functional import functional, in_plain_operators
 
+from . import operator_table
 from .survey import error, run
-from .survey_cases import ROWS, Row
+from .survey_row import Ints, Row
+
+ROWS = tuple(row for rows in operator_table.PARTS.values() for row in rows)
 
 # Of the largest element: fp32 adds up in another order; 16 bit, two units of the dtype.
 LIMITS = {torch.float32: 1e-5, torch.float16: 2 * 2.0**-10, torch.bfloat16: 2 * 2.0**-7}
 FEW = ("conv", "max_pool", "softmax", "layer_norm", "cross_entropy", "sdpa causal", "index_put")
+RESIZED = ("interpolate bilinear", "group_norm", "multi_margin", "ctc of lengths in the batch")
 
 
 def _params(is_quick: object) -> list[object]:
@@ -46,6 +51,34 @@ def test_16_bit_results_equal_those_of_the_same_graph_in_torch(
             assert error(a, b) <= LIMITS[dtype], shapes
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.name, marks=() if row.name in RESIZED else pytest.mark.slow)
+        for row in ROWS
+        if not row.fixed
+    ],
+)
+def test_a_symbolic_batch_takes_other_sizes(row: Row) -> None:
+    """Exported with one size, run with another; where tracing fixes the size, the row says so."""
+    found = run(row.function, row.shapes[0], torch.float32, size=17)
+    for a, b in zip(found.found, found.eager, strict=True):
+        assert error(a, b) <= LIMITS[torch.float32]
+
+
+def test_a_scan_survives_the_conversion_to_another_opset() -> None:
+    """torch.onnx writes operators of opset 18 and converts them, those inside too."""
+    row = next(row for row in ROWS if row.name == "ctc")
+    found = run(row.function, row.shapes[0], torch.float32, opset=23)
+    for a, b in zip(found.found, found.eager, strict=True):
+        assert error(a, b) <= LIMITS[torch.float32]
+
+
+def test_no_two_calls_have_one_name() -> None:
+    """Or one of them would not be found."""
+    assert len({row.name for row in ROWS}) == len(ROWS)
+
+
 def test_rows_say_what_they_compute_and_where_that_is_from() -> None:
     """And no operator has two."""
     targets = [target for row in lowering.ROWS for target in row.targets]
@@ -55,15 +88,60 @@ def test_rows_say_what_they_compute_and_where_that_is_from() -> None:
 
 def test_an_operator_without_translation_is_named() -> None:
     """With what to do."""
-    with pytest.raises(ExportError, match=r"no translation of prims\.lgamma.*other operators"):
-        run(torch.lgamma, [(3,)], torch.float32)
+    with pytest.raises(ExportError, match=r"no translation of prims\.bessel_i0.*other operators"):
+        run(torch.special.i0, [(3,)], torch.float32)
 
 
-def test_what_torch_takes_apart_wrongly_is_refused() -> None:
-    """Classes behind the -1 of a row would count."""
-    y = torch.tensor([[1, 3, -1, 0]])
-    with pytest.raises(ExportError, match="behind the -1"):
-        run(lambda x: torch.nn.functional.multilabel_margin_loss(x, y), [(1, 4)], torch.float32)
+REFUSED = {
+    "divides the gradient of an index by how often another": (
+        lambda i, w: F.embedding_bag(i, w, mode="sum", scale_grad_by_freq=True),
+        (Ints((2, 5), 7), (7, 3)),
+    ),
+    "polygamma of order 2": (lambda x: torch.polygamma(2, x.detach()) * x, ((3,),)),
+    "65 by 65": (lambda x: torch.linalg.inv(x), ((65, 65),)),
+    "fixed number of rows": (torch.pdist, ((4, 3),)),
+    "constants that depend on the size of the batch": (torch.trace, ((4, 4),)),
+    "for one size of the batch alone": (lambda x: x.cummax(0)[0], ((5, 3),)),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_cannot_be_carried_says_why(why: str) -> None:
+    """Instead of numbers that are wrong, or right for one size alone."""
+    function, shapes = REFUSED[why]
+    with pytest.raises(ExportError, match=why):
+        run(function, shapes, torch.float32, size=9 if "batch" in why or "rows" in why else 0)
+
+
+def test_torch_traces_as_before_once_a_step_is_exported() -> None:
+    """What is set aside while an export traces comes back, also where one traces inside another."""
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+
+    targets = (torch.ops.aten.upsample_bilinear2d.default, torch.ops.aten._linalg_det.default)
+    before = [dict(target.py_kernels) for target in targets]
+    with in_plain_operators():
+        with in_plain_operators():
+            pass
+        assert [dict(target.py_kernels) for target in targets] != before
+    assert [dict(target.py_kernels) for target in targets] == before
+    with FakeTensorMode(), pytest.raises(DynamicOutputShapeException):
+        F.ctc_loss(torch.zeros(4, 2, 3), torch.ones(2, 1), torch.ones(2), torch.ones(2))
+
+
+@pytest.mark.parametrize("name", ["lgamma", "digamma"])
+def test_gamma_functions_are_right_everywhere(name: str) -> None:
+    """Below 0, next to poles and roots, at poles, and far out."""
+    x = torch.cat([
+        torch.linspace(-6.03, 12.1, 400), torch.tensor([1.0, 2.0, 0.0, -1.0, 1e-30, 1e6, 1e30]),
+        1 + torch.tensor([1e-4, -1e-4, 1e-6]), torch.tensor([1.4616321, float("inf")]),
+    ])  # fmt: skip
+    function = getattr(torch, name)
+    found = run(lambda zero: function(x + zero * 0), [x.shape], torch.float32).found[0]
+    expected = function(x.double())
+    ends = ~expected.isfinite()
+    assert torch.equal(found[ends].nan_to_num(), expected[ends].float().nan_to_num())
+    assert torch.equal(found.isnan(), expected.isnan())
+    torch.testing.assert_close(found[~ends], expected[~ends].float(), rtol=2e-7, atol=1e-14)
 
 
 def test_large_integers_are_divided_exactly() -> None:
@@ -96,3 +174,8 @@ def test_writes_become_results() -> None:
     _, new_mean, new_var = found.graph_module(x, mean, var)
     torch.batch_norm(x, None, None, mean, var, True, 0.1, 1e-5, False)
     torch.testing.assert_close((new_mean, new_var), (mean, var))
+
+
+def test_the_table_of_operators_is_that_of_the_survey() -> None:
+    """``python -m tests.onnx.operator_table`` writes it."""
+    assert operator_table.FILE.read_text(encoding="utf-8") == operator_table.text()

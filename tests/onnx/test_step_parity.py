@@ -28,7 +28,7 @@ def _cases(names: list[str], quick: tuple[str, ...] = QUICK) -> list[object]:
 def test_fp32_steps_equal_those_of_torch(name: str, tmp_path: Path) -> None:
     """From the same state: loss, parameters, momenta (which are gradients), statistics."""
     pair = Pair(CASES[name], "fp32", tmp_path)
-    for size in pair.sizes(4, 7, 1):  # others than it was exported with
+    for size in (4, 7, 1):  # others than it was exported with
         batch = CASES[name].batch(size)
         pair.trainer._buffers.put({k: v.numpy() for k, v in in_torch_state(pair).items()})
         with in_plain_operators():
@@ -57,7 +57,7 @@ def test_16_bit_steps_equal_their_graph_in_torch(name: str, precision: str, tmp_
     """The graph that was exported, run by torch, dropout included."""
     pair = Pair(CASES[name], precision, tmp_path)
     torch_step = InTorch(pair)
-    for size in pair.sizes(4, 3):
+    for size in (4, 3):
         batch = CASES[name].batch(size)
         results, state = torch_step.step(batch)
         result = pair.trainer.step(**pair.named(batch))
