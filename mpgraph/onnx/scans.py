@@ -28,7 +28,7 @@ def _ctc_body(start: Any, found: Any, skips: Any, counts: Any) -> Any:
     now, is_counted = _value("now", found, inner=True), _value("counts", counts, inner=True)
     nodes = Tape()
     op = nodes.op
-    none, zero = (_constant(nodes, value, np.float32) for value in (-np.inf, 0.0))
+    none, zero = (_constant(nodes, value, start.dtype.numpy()) for value in (-np.inf, 0.0))
     first, second = (_constant(nodes, [n], np.int64) for n in (0, 1))
     last, last_but_one = (_constant(nodes, [n], np.int64) for n in (-1, -2))
     shifted = op("Pad", [state, _constant(nodes, [0, 2, 0, 0], np.int64), none])

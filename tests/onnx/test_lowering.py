@@ -74,6 +74,17 @@ def test_a_scan_survives_the_conversion_to_another_opset() -> None:
         assert error(a, b) <= LIMITS[torch.float32]
 
 
+def test_ctc_in_fp64_stays_in_fp64() -> None:
+    """Constants of the Scan are of its dtype."""
+    lengths = torch.tensor([12, 9]), torch.tensor([4, 2])
+    y = torch.tensor([[1, 1, 2, 3], [2, 4, 0, 0]])
+    found = run(
+        lambda x: F.ctc_loss(x.double().log_softmax(-1), y, *lengths), [(12, 2, 5)], torch.float32
+    )
+    assert found.found[0].dtype is torch.float64
+    assert error(found.found[0], found.eager[0]) <= 1e-14
+
+
 def test_no_two_calls_have_one_name() -> None:
     """Or one of them would not be found."""
     assert len({row.name for row in ROWS}) == len(ROWS)

@@ -71,13 +71,8 @@ def _spelled(targets: Tensor, lengths: Tensor, blank: int) -> _Spelled:
     # What lies behind the end of a target may be anything, also no class at all.
     is_there = torch.arange(count) < lengths.unsqueeze(1)
     rows = torch.where(is_there, rows, blank).to(torch.int64)
-    blanks = torch.full_like(rows, blank)
-    labels = torch.stack([blanks, rows], 2).flatten(1)
-    labels = (
-        torch.cat([labels, blanks[:, :1]], 1)
-        if count
-        else torch.full_like(lengths, blank).unsqueeze(1)
-    )
+    last = torch.full_like(lengths, blank).unsqueeze(1)
+    labels = torch.cat([torch.stack([torch.full_like(rows, blank), rows], 2).flatten(1), last], 1)
     before = torch.cat([labels[:, :1], labels[:, :1], labels], 1)[:, : 2 * count + 1]
     allowed = (labels != blank) & (labels != before)
     skips = torch.where(allowed, 0.0, -torch.inf)
