@@ -161,7 +161,7 @@ ROWS: tuple[Row, ...] = (
     row("norm inf", lambda x: torch.linalg.vector_norm(x, float("inf"), 1), ((3, 5),)),
     row("renorm", lambda x: F.normalize(x, dim=1), ((3, 5),)),
     row("diff", lambda x: x.diff(dim=1), ((3, 5),)),
-    row("trace", torch.trace, ((4, 4),), fixed=True),
+    row("trace", torch.trace, ((4, 4),)),
     # Activations
     *(
         row(name, function, ((3, 5),), quick=name in ("gelu", "silu"))

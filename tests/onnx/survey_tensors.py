@@ -42,7 +42,7 @@ ROWS: tuple[Row, ...] = (
     row("index_add weighted", lambda x, i, v: x.index_add(1, i, v, alpha=0.5), ((3, 5), Ints((4,), 5), (3, 4))),
     row("index_fill", lambda x, i: x.index_fill(1, i, 0.5), ((3, 5), Ints((2,), 5))),
     row("index_reduce mean", lambda x, i, v: x.index_reduce(0, i, v, "mean"), ((5, 3), Ints((4,), 5), (4, 3))),
-    row("index_put", lambda x, v: x.index_put((torch.tensor([3, 1]),), v), ((5, 3), (2, 3))),
+    row("index_put of constants", lambda x, v: x.index_put((torch.tensor([3, 1]),), v), ((5, 3), (2, 3))),
     row("index_put by two", lambda x, i, j, v: x.index_put((i, j), v, accumulate=True), ((5, 3), Ints((4,), 5), Ints((4,), 3), (4,))),
     row("index_put by a mask", lambda x, m: torch.where(m, x, 0.0).index_put((m,), torch.tensor(1.0, dtype=x.dtype)), ((3, 5), Bools((3, 5)))),
     row("index by two neighbours", lambda x, i, j: x[:, i, j], ((2, 3, 4), Ints((6,), 3), Ints((6,), 4))),

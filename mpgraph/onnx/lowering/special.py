@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mpgraph.errors import ExportError
+from mpgraph.onnx.lowering.constants import constant
 from mpgraph.onnx.lowering.row import Row
 
 aten = torch.ops.aten
@@ -23,8 +24,13 @@ def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
     """``c0 + c1 x + c2 x**2 + ...``."""
     found = torch.zeros_like(x)
     for coefficient in reversed(coefficients):
-        found = found * x + coefficient
+        found = found * x + _number(coefficient, x)
     return found
+
+
+def _number(value: float, like: Tensor) -> Tensor:
+    """A number of the dtype: torch.onnx rounds one of Python's to fp32."""
+    return constant(value, like.dtype)
 
 
 def _in_fp64(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +42,7 @@ def _in_fp64(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _sine(x: Tensor) -> tuple[Tensor, Tensor]:
     """Sine and cosine of pi x, but for the sign of both, exact at whole numbers."""
-    rest = (x - x.round()) * math.pi
+    rest = (x - x.round()) * _number(math.pi, x)
     return rest.sin(), rest.cos()
 
 
@@ -49,8 +55,10 @@ def _lgamma(x: Tensor) -> Tensor:
     z = torch.where(is_low, y + LARGE, y)
     terms = [b / (2 * k * (2 * k - 1)) for k, b in enumerate(BERNOULLI, 1)]
     series = _polynomial(1 / (z * z), terms) / z
-    found = (z - 0.5) * z.log() - z + 0.5 * math.log(2 * math.pi) + series - product.log()
-    mirrored = math.log(math.pi) - _sine(wide)[0].abs().log() - found
+    found = (
+        (z - 0.5) * z.log() - z + _number(0.5 * math.log(2 * math.pi), z) + series - product.log()
+    )
+    mirrored = _number(math.log(math.pi), z) - _sine(wide)[0].abs().log() - found
     found = torch.where(is_small, mirrored, found)
     return torch.where(wide.isinf(), torch.inf, found).to(x.dtype)
 
@@ -66,7 +74,7 @@ def _digamma(x: Tensor) -> Tensor:
     terms = [b / (2 * k) for k, b in enumerate(BERNOULLI, 1)]
     found = z.log() - 0.5 / z - _polynomial(square, terms) * square - below
     sine, cosine = _sine(wide)
-    found = torch.where(is_small, found - math.pi * cosine / sine, found)
+    found = torch.where(is_small, found - _number(math.pi, z) * cosine / sine, found)
     # A pole has two sides; torch takes that of zero by its sign.
     found = torch.where((wide == wide.round()) & (wide < 0), torch.nan, found)
     return torch.where(wide == 0, -torch.inf, found).to(x.dtype)
@@ -88,7 +96,7 @@ def _polygamma(order: int, x: Tensor) -> Tensor:
     z = torch.where(is_low, y + LARGE, y)
     square = 1 / (z * z)
     found = 1 / z + 0.5 * square + _polynomial(square, BERNOULLI) * square / z + below
-    sine = _sine(wide)[0] / math.pi
+    sine = _sine(wide)[0] / _number(math.pi, z)
     return torch.where(is_small, 1 / (sine * sine) - found, found).to(x.dtype)
 
 
