@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import _pop_mode as _pop_function_mode
+from torch.overrides import _push_mode as _push_function_mode
 from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
     _pop_mode,
@@ -40,3 +43,29 @@ def hidden_from_dispatch_modes() -> Iterator[None]:
     finally:
         for mode in hidden:
             _push_mode(mode)
+
+
+@contextlib.contextmanager
+def hidden_from_tracers_function_modes() -> Iterator[None]:
+    """Hide function modes of what traces around the block; the user's own see it all the same.
+
+    Not ``DisableTorchFunction``: torch.export notes by a mode of its own where ``torch.no_grad``
+    begins and ends.
+    """
+    stack = _get_current_function_mode_stack()
+    for _ in stack:
+        _pop_function_mode()
+    for mode in stack:
+        if not _is_tracers(mode):
+            _push_function_mode(mode)
+    try:
+        yield
+    finally:
+        for _ in _get_current_function_mode_stack():
+            _pop_function_mode()
+        for mode in stack:
+            _push_function_mode(mode)
+
+
+def _is_tracers(mode: Any) -> bool:
+    return type(mode).__module__.startswith(("mpgraph.", "torch.fx."))

@@ -72,7 +72,7 @@ class Inside:
         """One call of a converted model, in operators that autograd and the trace can see."""
         leaves, spec = flatten(state.bind(model, args, kwargs))
         self.calls.append((model, leaves, spec))
-        with untraced(), torch._C.DisableTorchFunction():
+        with untraced():
             entry = state.find(model, [_stand_in(leaf) for leaf in leaves], spec)
         if not isinstance(entry, Specialisation):
             raise CaptureError(_carried_by_dynamo(state, entry))
