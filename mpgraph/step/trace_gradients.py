@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import (
@@ -121,7 +122,8 @@ def _run_trace(trace: _Trace, leaves: Tensors, dynamic: Sequence[frozenset[int]]
     with _refusing(reads), writes_taken_back(), uncompiled(trace.model), mode, _unheard():
         varying = dynamic or [frozenset[int]()] * len(leaves)
         fakes = [_fake_leaf(mode, *pair) for pair in zip(leaves, varying, strict=True)]
-        gm = _traced(trace, fakes)
+        with _sizes_kept(any(dynamic)):
+            gm = _traced(trace, fakes)
     graph = gm.graph
     _name_results(graph, trace)
     _lift(gm, Homes(trace.model, *reads.modules()), trace, mode)
@@ -251,6 +253,14 @@ def _not_again(reason: str, where: str = "") -> str:
         "what comes of it in the batch (random numbers as tensors), or train with mpgraph.convert "
         "and mpgraph.guard."
     )
+
+
+def _sizes_kept(are_symbolic: bool) -> contextlib.AbstractContextManager[Any]:
+    """Keep symbolic sizes where kernels, such as those of padding, would ask for their numbers.
+
+    The Python dispatcher has others in their place, as ``make_fx`` itself takes for symbols.
+    """
+    return enable_python_dispatcher() if are_symbolic else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
