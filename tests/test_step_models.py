@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -136,3 +136,69 @@ def test_modes_of_the_user_act_on_a_captured_step() -> None:
         twins = Twins(case, "bf16", sgd)
         hold_bitwise(twins)
     assert not any("tanh" in node.operator for node in twins.step.explain().nodes)
+
+
+QUICK = ("hf-llama", "timm-vit")
+# Models of the zoo that a step carries: in eager mode, bit for bit the loop.
+CARRIED = (
+    "hf-bert", "hf-bert-classifier", "hf-bert-base", "hf-albert", "hf-electra", "hf-fnet",
+    "hf-roberta", "hf-distilbert", "hf-deberta-v2", "hf-llama", "hf-llama-eager-attention",
+    "hf-llama-cache", "hf-mixtral", "hf-jetmoe", "hf-gpt2", "hf-gpt-neox", "hf-opt", "hf-xlnet",
+    "hf-qwen2", "hf-gemma", "hf-gemma3", "hf-mistral", "hf-phi", "hf-mamba", "hf-deepseek-v3",
+    "hf-t5", "hf-longt5", "hf-bart", "hf-vit", "hf-dinov2", "hf-convnext", "hf-segformer",
+    "hf-clip", "hf-whisper", "hf-llava", "timm-resnet", "timm-vit", "timm-convnext",
+    "timm-efficientnet", "timm-swin", "timm-mlp-mixer",
+)  # fmt: skip
+# What needs several graphs is refused, with the reason and the way out.
+REFUSED = {
+    "hf-funnel": "forward changes the attribute",
+    "hf-bloom": "the backward of the custom autograd.Function 'GeLUFunction' would be lost",
+    "hf-phimoe": "the backward of the custom autograd.Function 'PhimoeMultiplier' would be lost",
+    "hf-llama-checkpoint": "a checkpoint, whose memory a graph would not save",
+    "hf-bart-layerdrop": "it branches on the values of a tensor",
+    "hf-longformer": "it branches on the values of a tensor",
+    "hf-prophetnet": "it branches on the values of a tensor",
+    "hf-qwen2-vl": "it branches on the values of a tensor",
+    "hf-wav2vec2": "it branches on the values of a tensor",
+    "hf-detr-no-labels": "it branches on the values of a tensor",
+}
+COMPILED = ("hf-llama", "hf-bert", "hf-gpt2", "timm-vit", "timm-resnet")
+
+
+def _zoo(names: Iterable[str]) -> Iterator[Any]:
+    for name in names:
+        library = {"hf": "transformers", "timm": "timm"}[name.partition("-")[0]]
+        missing = importlib.util.find_spec(library) is None
+        marks = [pytest.mark.skipif(missing, reason=f"needs {library}")]
+        if name not in QUICK:
+            marks += [pytest.mark.zoo, pytest.mark.timeout(600)]
+        yield pytest.param(name, id=name, marks=marks)
+
+
+@pytest.mark.parametrize("name", _zoo(CARRIED))
+def test_a_model_of_the_zoo_trains_as_in_the_loop(name: str) -> None:
+    """In eager mode, and bit for bit: losses, parameters, statistics, momenta."""
+    hold_bitwise(Twins(all_cases()[name], "bf16", sgd))
+
+
+@pytest.mark.parametrize("name", _zoo(REFUSED))
+def test_a_model_of_several_graphs_is_refused(name: str) -> None:
+    twins = Twins(all_cases()[name], "bf16", sgd)
+    with pytest.raises(mpgraph.CaptureError, match=f"{REFUSED[name]}.*mpgraph.guard"):
+        twins.take(0)
+
+
+@pytest.mark.zoo
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_model_of_the_zoo_trains_compiled(name: str, precision: str) -> None:
+    """Within the tolerances of test_train_step.py."""
+    with torch._inductor.config.patch(fallback_random=True):
+        twins = Twins(all_cases()[name], precision, sgd, compile=True)
+        for index in range(STEPS):
+            twins.take(index)
+    tolerance = {"fp32": 1e-4, "fp16": 1e-2}[precision]
+    ours, theirs = twins.states()
+    for key, value in ours.items():
+        torch.testing.assert_close(value, theirs[key], rtol=tolerance, atol=tolerance, msg=key)
