@@ -122,8 +122,7 @@ def _run_trace(trace: _Trace, leaves: Tensors, dynamic: Sequence[frozenset[int]]
     with _refusing(reads), writes_taken_back(), uncompiled(trace.model), mode, _unheard():
         varying = dynamic or [frozenset[int]()] * len(leaves)
         fakes = [_fake_leaf(mode, *pair) for pair in zip(leaves, varying, strict=True)]
-        with _sizes_kept(any(dynamic)):
-            gm = _traced(trace, fakes)
+        gm = _traced(trace, fakes)
     graph = gm.graph
     _name_results(graph, trace)
     _lift(gm, Homes(trace.model, *reads.modules()), trace, mode)
@@ -156,8 +155,10 @@ class _Trace:
         self.result: Spec | None = None
         self.count = 0
         self.named: list[str] = []
+        self.has_symbols = False
 
     def __call__(self, *leaves: Any) -> list[Any]:
+        self.has_symbols = any(isinstance(n, torch.SymInt) for leaf in leaves for n in leaf.shape)
         mode = get_proxy_mode()
         assert mode is not None
         inside = self.inside = Inside(cast(Any, mode).tracer.graph)
@@ -182,7 +183,8 @@ class _Trace:
             loss = loss / self.divisor
         mark(inside.graph, "forward")
         inside.watch_backward()
-        gradients = torch.autograd.grad(loss, [*self.parameters.values()], allow_unused=True)
+        with _padding_kernels(self.has_symbols):
+            gradients = torch.autograd.grad(loss, [*self.parameters.values()], allow_unused=True)
         laid_out = [
             fresh(parameter).zero_() if gradient is None and name in self.zeros
             else _laid_out(gradient, parameter)
@@ -199,6 +201,11 @@ class _Trace:
                 f"the loss function returns an object of type {type(found).__name__}, which cannot "
                 "be taken apart into tensors. Return tensors, numbers, and containers of them."
             )
+
+
+def _padding_kernels(has_symbols: bool) -> contextlib.AbstractContextManager[Any]:
+    """The gradient of padding is padding, whose kernel asks for the numbers of symbolic sizes."""
+    return enable_python_dispatcher() if has_symbols else contextlib.nullcontext()
 
 
 def _laid_out(gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.Tensor | None:
@@ -253,14 +260,6 @@ def _not_again(reason: str, where: str = "") -> str:
         "what comes of it in the batch (random numbers as tensors), or train with mpgraph.convert "
         "and mpgraph.guard."
     )
-
-
-def _sizes_kept(are_symbolic: bool) -> contextlib.AbstractContextManager[Any]:
-    """Keep symbolic sizes where kernels, such as those of padding, would ask for their numbers.
-
-    The Python dispatcher has others in their place, as ``make_fx`` itself takes for symbols.
-    """
-    return enable_python_dispatcher() if are_symbolic else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

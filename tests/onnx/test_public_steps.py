@@ -80,7 +80,7 @@ def _cases() -> Iterator[Any]:
             yield pytest.param(name, precision, id=f"{name}-{precision}", marks=(skip, *slow))
 
 
-@pytest.mark.parametrize(("name", "precision"), _cases())
+@pytest.mark.parametrize(("name", "precision"), [*_cases()])
 def test_steps_of_public_models_equal_those_of_torch(
     name: str, precision: str, tmp_path: Path
 ) -> None:
