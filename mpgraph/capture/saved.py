@@ -12,15 +12,13 @@ from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import _get_current_function_mode_stack
-from torch.overrides import _pop_mode as _pop_function_mode
-from torch.overrides import _push_mode as _push_function_mode
 from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
     _pop_mode,
     _push_mode,
 )
 
+_overrides: Any = torch.overrides
 _top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
@@ -52,19 +50,19 @@ def hidden_from_tracers_function_modes() -> Iterator[None]:
     Not ``DisableTorchFunction``: torch.export notes by a mode of its own where ``torch.no_grad``
     begins and ends.
     """
-    stack = _get_current_function_mode_stack()
+    stack = _overrides._get_current_function_mode_stack()
     for _ in stack:
-        _pop_function_mode()
+        _overrides._pop_mode()
     for mode in stack:
         if not _is_tracers(mode):
-            _push_function_mode(mode)
+            _overrides._push_mode(mode)
     try:
         yield
     finally:
-        for _ in _get_current_function_mode_stack():
-            _pop_function_mode()
+        for _ in _overrides._get_current_function_mode_stack():
+            _overrides._pop_mode()
         for mode in stack:
-            _push_function_mode(mode)
+            _overrides._push_mode(mode)
 
 
 def _is_tracers(mode: Any) -> bool:
