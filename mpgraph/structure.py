@@ -184,7 +184,10 @@ def _take_apart_registered(value: Any) -> _Parts:
     def build(wrapped: Any, parts: list[Any]) -> Any:
         return node.unflatten_fn(parts, wrapped.value)
 
-    return _Context(context), _positions(children), children, build
+    # What Hugging Face's models return is a mapping, too.
+    is_mapping = isinstance(value, Mapping) and len(value) == len(children)
+    names = _keys(value) if is_mapping else _positions(children)
+    return _Context(context), names, children, build
 
 
 def _take_apart_dataclass(value: Any) -> _Parts:

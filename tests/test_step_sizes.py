@@ -12,6 +12,8 @@ from torch import nn
 
 import mpgraph
 from mpgraph.step.sizes import Sizes, varying
+from mpgraph.step.trace_gradients import trace_gradients
+from mpgraph.structure import flatten
 
 
 class Tokens(nn.Module):
@@ -98,6 +100,31 @@ def test_sizes_of_0_and_1_are_another_kind() -> None:
     sizes.patterns("kind", tensors((6, 8)))
     assert sizes.patterns("kind", tensors((1, 8))) == [(1, 8)]
     assert sizes.patterns("kind", tensors((5, 8))) == [(None, 8)]
+
+
+class Padded(nn.Linear):
+    """Pads what it is given, what it computes, and the targets."""
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        scores = F.pad(F.dropout(super().forward(F.pad(x, (0, 1)))), (0, 1))
+        return F.cross_entropy(scores.mT, F.pad(target, (0, 3), value=-100))
+
+
+def test_sizes_stay_symbolic_where_something_is_padded() -> None:
+    """And dropout draws the numbers that it draws elsewhere."""
+    model = mpgraph.convert(Padded(4, 4), "fp32")
+    leaves, spec = flatten(((torch.ones(3, 5, 3), torch.zeros(3, 2, dtype=torch.long)), {}))
+    parameters = dict(model.named_parameters())
+    free = [frozenset({0})] * 2
+    traced = trace_gradients(model, nn.Module.__call__, parameters, leaves, spec, dynamic=free)
+    graph = traced.graph_module.graph
+    sizes = [
+        n.meta["val"].shape[0]
+        for n in graph.find_nodes(op="placeholder")
+        if n.meta["slot"].kind == "input"
+    ]
+    assert all(isinstance(size, torch.SymInt) for size in sizes)
+    assert not any("native_dropout" in str(node.target) for node in graph.nodes)
 
 
 @pytest.mark.parametrize(("dynamic", "expected"), [(False, (4, 8)), (True, (None, None))])

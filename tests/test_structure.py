@@ -78,6 +78,18 @@ pytree.register_pytree_node(
 )
 
 
+class Result(collections.OrderedDict):
+    """As Hugging Face's models return."""
+
+
+pytree.register_pytree_node(
+    Result,
+    lambda r: ([*r.values()], [*r]),
+    lambda values, keys: Result(zip(keys, values, strict=True)),
+    serialized_type_name="mpgraph.tests.Result",
+)
+
+
 def t(value: float = 0.0) -> torch.Tensor:
     return torch.tensor(value)
 
@@ -192,6 +204,14 @@ def test_names_come_from_keys_fields_and_positions():
         "1_p_y_0",
         "1_p_y_1",
     ]
+
+
+def test_a_registered_mapping_gives_its_keys_as_names():
+    result = Result(loss=t(1), logits=[t(2), t(3)])
+    leaves, spec = flatten(result)
+    assert list(leaf_names(spec)) == ["loss", "logits_0", "logits_1"]
+    assert unflatten(spec, leaves) == result
+    assert type(unflatten(spec, leaves)) is Result
 
 
 # --- Descriptions as keys ----------------------------------------------------------------------

@@ -138,6 +138,18 @@ def test_equals_the_loop_bit_for_bit(precision: str, batches: int) -> None:
     assert all(p.grad is None for p in pair.model.parameters())
 
 
+def test_overflows_before_the_first_update_lower_the_scale_each_time() -> None:
+    """The optimizer has no state until a step is taken, so each of them is a first step."""
+    pair = Pair("fp16")
+    for index in (*OVERFLOWS, 0, 1):
+        pair.take(index)
+        for a, b in zip(*pair.states(), strict=True):
+            assert torch.equal(a, b)
+        ours, theirs = (state_of(m).scale.value.scale for m in (pair.step.model, pair.loop))
+        assert ours == theirs
+    assert ours == 2.0**16 / 2 ** len(OVERFLOWS)
+
+
 class Lion(torch.optim.Optimizer):
     """An optimizer that torch does not have (arXiv:2302.06675)."""
 

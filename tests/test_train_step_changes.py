@@ -189,6 +189,17 @@ def test_what_changes_between_steps_is_seen(change: Callable[[Twins], None]) -> 
     twins.take()
 
 
+def test_the_loss_scale_goes_on_where_it_is_when_a_group_is_added() -> None:
+    """Its first step is one that the optimizer takes itself, as that of the others was."""
+    twins = Twins(precision="fp16")
+    twins.take(3)
+    add_group(twins)
+    twins.take(2)
+    ours, theirs = (state_of(model).scale.value for model in twins.models)
+    assert ours.growth_tracker == theirs.growth_tracker == 5
+    assert ours.scale == theirs.scale
+
+
 def test_a_frozen_parameter_is_trained_once_it_is_free() -> None:
     twins = Twins()
     freeze(twins)

@@ -34,6 +34,7 @@ from mpgraph.capture.kept import repair_checkpoints
 from mpgraph.capture.lower import Graphs, lower
 from mpgraph.capture.overrides import say_what_matched_nothing
 from mpgraph.capture.paths import relocated
+from mpgraph.capture.saved import hidden_from_tracers_function_modes
 from mpgraph.errors import PrecisionError
 from mpgraph.module import MixedPrecision, Settings, State
 from mpgraph.pipeline import PassContext
@@ -195,8 +196,9 @@ def _rewritten(state: State, body: fx.GraphModule) -> Callable[..., Any]:
 @contextlib.contextmanager
 def untraced() -> Iterator[None]:
     """Whatever traces what is around this block does not trace the block."""
-    with _disable_current_modes(), torch._C._DisablePythonDispatcher(), tracing(None):
-        yield
+    with _disable_current_modes(), hidden_from_tracers_function_modes():
+        with torch._C._DisablePythonDispatcher(), tracing(None):
+            yield
 
 
 def _without_own_autocast(body: fx.GraphModule) -> None:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import (
     _push_mode,
 )
 
+_overrides: Any = torch.overrides
 _top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
@@ -40,3 +41,29 @@ def hidden_from_dispatch_modes() -> Iterator[None]:
     finally:
         for mode in hidden:
             _push_mode(mode)
+
+
+@contextlib.contextmanager
+def hidden_from_tracers_function_modes() -> Iterator[None]:
+    """Hide function modes of what traces around the block; the user's own see it all the same.
+
+    Not ``DisableTorchFunction``: torch.export notes by a mode of its own where ``torch.no_grad``
+    begins and ends.
+    """
+    stack = _overrides._get_current_function_mode_stack()
+    for _ in stack:
+        _overrides._pop_mode()
+    for mode in stack:
+        if not _is_tracers(mode):
+            _overrides._push_mode(mode)
+    try:
+        yield
+    finally:
+        for _ in _overrides._get_current_function_mode_stack():
+            _overrides._pop_mode()
+        for mode in stack:
+            _overrides._push_mode(mode)
+
+
+def _is_tracers(mode: Any) -> bool:
+    return type(mode).__module__.startswith(("mpgraph.", "torch.fx."))

@@ -64,7 +64,8 @@ def translate(
         except torch.onnx.OnnxExporterError as error:
             raise ExportError(_untranslated(error)) from error
     _tell_origins(model)
-    clean(model)
+    with quiet():  # of what onnx's reference evaluator cannot fold
+        clean(model)
     _rename(model, inputs, outputs, dims or {})
     return model
 

@@ -160,7 +160,7 @@ def _write_into(gm: fx.GraphModule, node: fx.Node) -> None:
     name = f"constant_{node.name}"
     slot: StepSlot = node.meta["slot"]
     assert slot.read is not None
-    setattr(gm, name, slot.read().detach().clone())
+    gm.register_buffer(name, slot.read().detach().clone())
     with gm.graph.inserting_before(node):
         constant = gm.graph.get_attr(name)
     constant.meta = dict(node.meta)

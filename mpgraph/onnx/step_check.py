@@ -16,6 +16,11 @@ from mpgraph.runtime import manifest as files
 # Of the largest element of a tensor: sums are added up in another order, and in 16 bit a rounding
 # that falls the other way moves what follows.
 TOLERANCE = 0.05
+# How far parameters are moved, of their size, to see what that moves in torch; and how much more
+# than that onnxruntime may differ. A tensor whose true value is 0, such as the gradient of a bias
+# of keys under a softmax, is rounding noise; an untrained ResNet in fp16 amplifies each rounding.
+NUDGE = 2.0**-18
+FACTOR = 4.0
 
 
 def check_step(
@@ -23,21 +28,25 @@ def check_step(
 ) -> float:
     """The largest difference over one step from the state at export.
 
+    Of the tensors that have one to compare: not of those that move as much in torch where the last
+    bits of the parameters change.
+
     Raises:
         ExportError: It is too large: names the output and both values.
     """
     given = [_given(port, values, leaves) for port in _with_index(graph)]
-    with torch.no_grad():
-        expected = graph.graph_module(*[value.clone() for value in given])
+    expected, moved = _in_torch(graph, given), _in_torch(graph, _nudged(graph, given))
     found = _run(folder, graph, given)
     names = [*graph.results, *(next_name(port.name) for port in graph.state())]
     before = dict(zip((next_name(p.name) for p in graph.ports), given, strict=True))
     noisy = _noisy(graph)
     worst = 0.0
-    for name, a, b in zip(names, found, expected, strict=True):
+    for name, a, b, c in zip(names, found, expected, moved, strict=True):
         if name in noisy and _is_within_update(a, b, before[name]):
             continue
-        error = difference(a, b)
+        error, noise = difference(a, b), FACTOR * difference(c, b)
+        if TOLERANCE < error <= noise:
+            continue
         if error > TOLERANCE:
             raise ExportError(
                 f"onnxruntime and torch differ in {name} by {error:.2g} of its largest element, "
@@ -46,6 +55,23 @@ def check_step(
             )
         worst = max(worst, error)
     return worst
+
+
+def _in_torch(graph: StepGraph, given: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    with torch.no_grad():
+        returned: Sequence[torch.Tensor] = graph.graph_module(*[value.clone() for value in given])
+    return returned
+
+
+def _nudged(graph: StepGraph, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The same, but for the last bits of the parameters."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        value * (1 + NUDGE * torch.randn(value.shape, generator=generator))
+        if port.kind == "parameter" and value.dtype is torch.float32
+        else value
+        for port, value in zip(graph.ports, given, strict=True)
+    ]
 
 
 def reference(

@@ -46,6 +46,7 @@ class ExportedStep:
         manifest: What is in it.
         error: The largest difference between onnxruntime and torch over one step from the same
             state, relative to the largest element of each tensor; None where it was not checked.
+            Tensors of nothing but rounding noise are left out.
     """
 
     folder: Path

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch.overrides import TorchFunctionMode
@@ -72,7 +73,7 @@ class Inside:
         """One call of a converted model, in operators that autograd and the trace can see."""
         leaves, spec = flatten(state.bind(model, args, kwargs))
         self.calls.append((model, leaves, spec))
-        with untraced(), torch._C.DisableTorchFunction():
+        with untraced():
             entry = state.find(model, [_stand_in(leaf) for leaf in leaves], spec)
         if not isinstance(entry, Specialisation):
             raise CaptureError(_carried_by_dynamo(state, entry))
@@ -154,10 +155,15 @@ class _Running(fx.Interpreter):
         return super().call_function(TRACEABLE.get(target, target), args, kwargs)
 
 
-_BATCH_NORM = frozenset(
+# Running statistics are written by kernels whose schemas do not say so, and padding's kernel asks
+# for the numbers of symbolic sizes. What the Python dispatcher puts in their place does neither. It
+# is not on for others: it would draw dropout's numbers otherwise, and take resampling apart.
+_OTHER_KERNELS = frozenset(
     {
         torch.batch_norm, torch.instance_norm,
         torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default,
+        F.pad, torch._C._nn.pad, torch.constant_pad_nd,
+        torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default,
     }
 )  # fmt: skip
 
@@ -172,11 +178,7 @@ _LOOKS = frozenset(
 
 
 class _Lines(TorchFunctionMode):
-    """Notes the user's line for what runs outside of converted models.
-
-    Running statistics are written by kernels whose schemas do not say so; what the Python
-    dispatcher puts in their place does.
-    """
+    """Notes the user's line for what runs outside of converted models, and picks kernels."""
 
     def __init__(self, inside: Inside) -> None:
         super().__init__()
@@ -186,7 +188,7 @@ class _Lines(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _LOOKS and not self.inside._in_model:
             raise CaptureError(needs_a_value(user_line()))
-        if func in _BATCH_NORM:
+        if func in _OTHER_KERNELS:
             with enable_python_dispatcher():
                 result = func(*args, **kwargs)
         else:

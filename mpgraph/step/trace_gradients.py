@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import (
@@ -154,8 +155,10 @@ class _Trace:
         self.result: Spec | None = None
         self.count = 0
         self.named: list[str] = []
+        self.has_symbols = False
 
     def __call__(self, *leaves: Any) -> list[Any]:
+        self.has_symbols = any(isinstance(n, torch.SymInt) for leaf in leaves for n in leaf.shape)
         mode = get_proxy_mode()
         assert mode is not None
         inside = self.inside = Inside(cast(Any, mode).tracer.graph)
@@ -180,7 +183,8 @@ class _Trace:
             loss = loss / self.divisor
         mark(inside.graph, "forward")
         inside.watch_backward()
-        gradients = torch.autograd.grad(loss, [*self.parameters.values()], allow_unused=True)
+        with _padding_kernels(self.has_symbols):
+            gradients = torch.autograd.grad(loss, [*self.parameters.values()], allow_unused=True)
         laid_out = [
             fresh(parameter).zero_() if gradient is None and name in self.zeros
             else _laid_out(gradient, parameter)
@@ -197,6 +201,11 @@ class _Trace:
                 f"the loss function returns an object of type {type(found).__name__}, which cannot "
                 "be taken apart into tensors. Return tensors, numbers, and containers of them."
             )
+
+
+def _padding_kernels(has_symbols: bool) -> contextlib.AbstractContextManager[Any]:
+    """The gradient of padding is padding, whose kernel asks for the numbers of symbolic sizes."""
+    return enable_python_dispatcher() if has_symbols else contextlib.nullcontext()
 
 
 def _laid_out(gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.Tensor | None:

@@ -537,6 +537,8 @@ class TrainStep:
         gm, reports = assemble(gradients.graph_module, None, context, checked=False)
         names = flat_outputs(gm)
         launch = Launch(gm.forward, step_slots(gm.graph), names)
+        for state in gradients.states:
+            state.scale.read()  # a forward pass of its own: the scale moves on from where it is
         outputs = Program(gradients, gm, reports, None, launch)(leaves)
         parameters = {self._names[id(p)]: p for p in parameters_of(self.optimizer)}
         before = {name: p.grad for name, p in parameters.items()}

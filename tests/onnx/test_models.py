@@ -27,7 +27,8 @@ EXPORTED = (
     "spectral-norm", "gru-deep-bidirectional", "rnn-cells", "einsum-attention", "rotary-block",
     "multihead-attention", "encoder-pre-norm", "resampling", "losses", "mixture-of-experts",
     "float64-part", "in-place", "hf-bert", "hf-llama", "hf-llama-cache", "hf-gpt2", "hf-t5",
-    "hf-vit", "timm-resnet", "timm-vit", "timm-convnext", "timm-swin",
+    "hf-roberta", "hf-distilbert", "hf-electra", "hf-qwen2", "hf-gemma", "hf-mistral", "hf-bart",
+    "hf-clip", "hf-vit", "timm-resnet", "timm-vit", "timm-convnext", "timm-swin",
 )  # fmt: skip
 REFUSED = {
     "vae": "draws random numbers",

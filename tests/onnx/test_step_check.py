@@ -1,0 +1,71 @@
+"""The check of an exported step refuses what is wrong, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mpgraph
+from mpgraph.onnx import step_check
+
+pytest.importorskip("onnxruntime")
+
+
+class Attention(nn.Module):
+    """One head, in parts of their own: a bias of keys changes no weight of a softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Mixed rows."""
+        weights = (self.query(x) @ self.key(x).mT).softmax(-1)
+        return weights @ self.value(x)
+
+
+def loss_fn(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Squares."""
+    return model(x).float().square().mean()
+
+
+def export(folder: Path, precision: str = "fp32") -> Any:
+    model = Attention()
+    step = mpgraph.TrainStep(
+        model, torch.optim.AdamW(model.parameters()), loss_fn, precision=precision, compile=False
+    )
+    return step.export_onnx(folder, example_inputs=(torch.randn(3, 6, 8),), inference=False)
+
+
+def wrong(name: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have onnxruntime return another value than it does."""
+    run = step_check._run
+
+    def other(folder: Any, graph: Any, given: Any) -> Any:
+        names = [*graph.results, *(port.name for port in graph.state())]
+        pairs = zip(names, run(folder, graph, given), strict=True)
+        return [value * factor if key == name else value for key, value in pairs]
+
+    monkeypatch.setattr(step_check, "_run", other)
+
+
+def test_a_gradient_of_rounding_noise_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the keys' bias; of all others, what is said is how far they are."""
+    wrong("key.bias.exp_avg", -1.0, monkeypatch)
+    assert export(tmp_path).error < 1e-4
+
+
+@pytest.mark.parametrize("name", ["key.weight.exp_avg", "value.bias.exp_avg_sq", "loss"])
+def test_a_value_that_is_wrong_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong(name, 1.1, monkeypatch)
+    with pytest.raises(mpgraph.ExportError, match=rf"differ in (next\.)?{name} by 0\.1"):
+        export(tmp_path)
+    assert not any(tmp_path.iterdir())
