@@ -191,11 +191,12 @@ def measure(name: str, device: str, precision: str, steps: int, ways: list[str])
         "parameters": sum(p.numel() for p in subject.model.parameters()),
         **{key: {way: figures[way][key] for way in made} for key in next(iter(figures.values()))},
         "seconds": seconds,
-        "ratios": {way: _ratio(seconds[way], seconds[PEER]) for way in made},
+        "ratios": {way: ratio(seconds[way], seconds[PEER]) for way in made},
     }
 
 
-def _ratio(found: list[float], peer: list[float]) -> dict[str, float]:
+def ratio(found: list[float], peer: list[float]) -> dict[str, float]:
+    """Median and quartiles of the ratios of neighbouring steps."""
     ratios = [f / p for f, p in zip(found, peer, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return {"median": middle, "low": low, "high": high}

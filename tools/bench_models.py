@@ -170,9 +170,22 @@ def mlp(large: bool) -> Case:
     return model, _scores, (torch.randn(64, 64), torch.randint(0, 10, (64,)))
 
 
+def mlp_wide(large: bool) -> Case:
+    """Three wide layers, 25 million parameters: a step is matrix products and the update."""
+    width, rows = (8192, 512) if large else (4096, 64)
+    model = nn.Sequential(
+        nn.Linear(1024, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, 1000),
+    )
+    return model, _scores, (torch.randn(rows, 1024), torch.randint(0, 1000, (rows,)))
+
+
 CASES: Mapping[str, Callable[[bool], Case]] = {
     "gpt": gpt, "gpt-32k": gpt_32k, "bert": bert, "llama": llama, "resnet": resnet, "vit": vit,
-    "mlp": mlp,
+    "mlp": mlp, "mlp-wide": mlp_wide,
 }  # fmt: skip
 
 # Models that take token ids and targets, and return their loss.

@@ -6,7 +6,8 @@ needs ``pip install onnxconverter-common``. Every model is exported in fp32, fp1
 mpgraph; the converter makes an fp16 file of the fp32 one. All files run on the CPU provider, one
 thread, in turns. Per file: does it load, how far is it from the fp32 model and from the fp16 (bf16)
 model in torch, how large is it, and how long does a call take (median, and spread from the 10th to
-the 90th percentile). Writes ``<out>.json`` and ``<out>.md``.
+the 90th percentile; and ÷ the fp32 file's call of the same round, median and quartiles). Writes
+``<out>.json`` and ``<out>.md``.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench import ratio
 from gpt import GPT, GPTConfig
 
 import mpgraph
@@ -83,6 +85,7 @@ class Row:
     milliseconds: float | None = None
     low: float | None = None
     high: float | None = None
+    ratio: dict[str, float] | None = None
     why: str = ""
 
 
@@ -134,6 +137,7 @@ def measure(name: str, rounds: int, folder: Path) -> list[Row]:
             row.milliseconds = round(statistics.median(values), 3)
             row.low = round(values[len(values) // 10], 3)
             row.high = round(values[-1 - len(values) // 10], 3)
+            row.ratio = ratio(times[row.file], times["mpgraph fp32"])
     return rows
 
 
@@ -177,13 +181,14 @@ def table(record: dict[str, Any]) -> str:
         f"{record['torch']}, onnxconverter-common {record['converter']}, one thread, median of "
         f"{record['rounds']} calls in turns (10th to 90th percentile).",
         "",
-        "| model | file | loads | from fp32 | from 16 bit in torch | size | ms |",
-        "|---|---|---|---|---|---|---|",
+        "| model | file | loads | from fp32 | from 16 bit in torch | size | ms | ÷ fp32 file |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
         lines.append(
             f"| {row['model']} | {row['file']} | {loads(row)} | {figure(row, 'from_fp32')} | "
-            f"{figure(row, 'from_16_bit')} | {row['size'] / 1e6:.2f} MB | {duration(row)} |"
+            f"{figure(row, 'from_16_bit')} | {row['size'] / 1e6:.2f} MB | {duration(row)} | "
+            f"{quotient(row)} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -207,6 +212,12 @@ def duration(row: dict[str, Any]) -> str:
     return f"{row['milliseconds']:.2f} ({row['low']:.2f}–{row['high']:.2f})"
 
 
+def quotient(row: dict[str, Any]) -> str:
+    """The time of a call ÷ that of the fp32 file, and quartiles."""
+    found = row["ratio"]
+    return f"{found['median']:.2f} [{found['low']:.2f} – {found['high']:.2f}]" if found else "–"
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -221,7 +232,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows += measure(name, options.rounds, Path(folder))
     record = {
-        "command": "python tools/bench_onnx_infer.py",
+        "command": f"python tools/bench_onnx_infer.py --rounds {options.rounds}",
         "machine": machine(),
         "onnxruntime": onnxruntime.__version__,
         "torch": torch.__version__,

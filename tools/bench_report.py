@@ -22,13 +22,13 @@ _HEADS = (
 def markdown(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     """A table of every way, and what it was measured on."""
     facts = ", ".join(f"{key} {value}" for key, value in machine.items())
-    lines = [f"Measured on: {facts}.", "", _line(_HEADS), _line(["---"] * len(_HEADS))]
+    lines = [f"Measured on: {facts}.", "", line(_HEADS), line(["---"] * len(_HEADS))]
     for row in rows:
-        lines += [_line(_cells(row, way)) for way in row["ratios"]]
+        lines += [line(_cells(row, way)) for way in row["ratios"]]
     for way in rows[0]["ratios"]:
         ratios = [row["ratios"][way]["median"] for row in rows if way in row["ratios"]]
         mean = statistics.geometric_mean(ratios)
-        lines.append(_line(["geometric mean", way, f"{mean:.3f}", *[""] * (len(_HEADS) - 3)]))
+        lines.append(line(["geometric mean", way, f"{mean:.3f}", *[""] * (len(_HEADS) - 3)]))
     return "\n".join(lines) + "\n"
 
 
@@ -47,7 +47,8 @@ def _cells(row: dict[str, Any], way: str) -> list[str]:
     ]
 
 
-def _line(cells: Any) -> str:
+def line(cells: Any) -> str:
+    """One line of a table."""
     return f"| {' | '.join(cells)} |"
 
 

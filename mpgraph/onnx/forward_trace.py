@@ -79,7 +79,9 @@ def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _example(leaf: torch.Tensor) -> torch.Tensor:
-    return torch.zeros([size_hint(n) for n in leaf.shape], dtype=leaf.dtype, device=leaf.device)
+    """Laid out alike as well: then the model's capture is the one of the evaluation."""
+    shape, stride = [size_hint(n) for n in leaf.shape], [size_hint(n) for n in leaf.stride()]
+    return torch.empty_strided(shape, stride, dtype=leaf.dtype, device=leaf.device).zero_()
 
 
 def trace_question(

@@ -26,13 +26,10 @@ from torch.utils import _pytree as pytree
 
 from mpgraph import ir
 from mpgraph.errors import ExportError
-from mpgraph.onnx.functional import drop_copies, retrace
-from mpgraph.onnx.lowering import decompositions
+from mpgraph.onnx.functional import drop_copies
+from mpgraph.onnx.lower import lower
 from mpgraph.onnx.program import quiet
 from mpgraph.onnx.translate import FOLDED_ELEMENTS
-
-# Raises where a matrix is singular; without it, what is solved is infinite or NaN.
-_SINGULAR = torch.ops.aten._linalg_check_errors.default
 
 
 def translate(
@@ -70,45 +67,16 @@ def translate(
     return model
 
 
-def lower(gm: fx.GraphModule, opset: int = 18) -> fx.GraphModule:
-    """The same graph in operators that have a translation.
-
-    Raises:
-        ExportError: A translation holds for one size of the batch alone.
-    """
-    symbolic = [size for size in _sizes(gm) if not size.node.expr.is_number]
-    lowered = retrace(gm, decompositions=decompositions(opset))
-    if any(size.node.expr.is_number for size in symbolic):
-        raise ExportError(
-            "an operator of the step is translated for one size of the batch alone. Export with "
-            "dynamic_batch=False."
-        )
-    for node in lowered.graph.nodes:
-        is_check = "assert" in str(node.target) or node.target is _SINGULAR
-        if is_check and not node.users:
-            lowered.graph.erase_node(node)  # it checks what a caller has passed
-    return lowered
-
-
-def _sizes(gm: fx.GraphModule) -> list[torch.SymInt]:
-    """The sizes of its inputs that are no numbers."""
-    values = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    sizes: list[Any] = [size for value in tensors for size in value.shape]
-    return [size for size in sizes if isinstance(size, torch.SymInt)]
-
-
 def _translated(gm: fx.GraphModule, opset: int) -> Any:
     """What ``torch.onnx.export`` does once it has decomposed a program.
 
     From its parts, because it would decompose a second time: that takes as long as all the rest,
     and knows nothing of mpgraph's rows.
     """
-    from torch.onnx._internal.exporter import _core, _fx_passes
+    from torch.onnx._internal.exporter import _core
 
     from mpgraph.onnx.registry import registry
 
-    _fx_passes.insert_type_promotion_nodes(gm)
     drop_copies(gm.graph)
     _keep_outputs_apart(gm.graph)
     program = _core._exported_program_to_onnx_program(as_program(gm), registry=registry(opset))

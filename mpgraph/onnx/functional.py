@@ -15,12 +15,14 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mpgraph.infer import fake_mode_of
+from mpgraph.onnx.last_writes import writes_last
 from mpgraph.onnx.whole_operators import whole_operators
+from mpgraph.step.assemble import copied
 from mpgraph.step.joint import fresh
 
 aten = torch.ops.aten
 # What a retraced node inherits, under one key of torch's that survives tracing.
-_CARRIED = ("module_path", "part", "stack_trace", "decision", "inserted")
+CARRIED = ("module_path", "part", "stack_trace", "decision", "inserted")
 
 
 @dataclasses.dataclass
@@ -41,7 +43,8 @@ def functional(gm: fx.GraphModule) -> Functional:
     """Take every write out of a graph that returns a flat tuple.
 
     Running statistics are written by kernels whose schemas do not say so; the Python dispatcher
-    has others in their place that do.
+    has others in their place that do. A graph that writes its inputs at its end, and nothing else,
+    is not traced again.
     """
 
     def wrap(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,7 +52,7 @@ def functional(gm: fx.GraphModule) -> Functional:
         wrapped: Callable[..., Any] = functionalize(run, remove="mutations")
         return wrapped
 
-    return _with_results(retrace(gm, wrap=wrap))
+    return _with_results(copied(gm) if writes_last(gm.graph) else retrace(gm, wrap=wrap))
 
 
 def retrace(
@@ -115,7 +118,7 @@ def in_plain_operators() -> Iterator[None]:
 
 def _pack(graph: fx.Graph) -> None:
     for node in graph.nodes:
-        node.meta["custom"] = {key: node.meta[key] for key in _CARRIED if key in node.meta}
+        node.meta["custom"] = {key: node.meta[key] for key in CARRIED if key in node.meta}
 
 
 def _unpack(graph: fx.Graph) -> None:

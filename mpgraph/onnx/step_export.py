@@ -26,6 +26,7 @@ from mpgraph.onnx.step_files import (
 )
 from mpgraph.onnx.step_trace import StepGraph, trace_step
 from mpgraph.onnx.targets import Target, target_of
+from mpgraph.onnx.uncollected import uncollected
 from mpgraph.passes.counter_dropout import SEED
 from mpgraph.runtime import manifest as files
 from mpgraph.structure import Spec
@@ -70,7 +71,24 @@ def export_step(
     """Write the folder of a step; see :meth:`mpgraph.TrainStep.export_onnx`."""
     for name in _NEEDED:
         library(name)
-    goal = target_of(target, opset)
+    with uncollected():
+        return _export(
+            step, Path(folder), leaves, spec, target_of(target, opset), verify, dynamic, seed,
+            inference,
+        )  # fmt: skip
+
+
+def _export(
+    step: TrainStep,
+    path: Path,
+    leaves: Sequence[Any],
+    spec: Spec,
+    goal: Target,
+    verify: bool,
+    dynamic: bool,
+    seed: int,
+    inference: bool,
+) -> ExportedStep:
     graph = trace_step(step, leaves, spec, goal, dynamic=dynamic)
     state = frozenset(port.name for port in graph.state())
     graphs = {files.TRAIN: graph}
@@ -84,7 +102,6 @@ def export_step(
     models = {name: translated(part, goal) for name, part in graphs.items()}
     values = _values(graphs.values(), seed)
     manifest = _manifest(step, graphs, models[files.TRAIN], goal, values)
-    path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     # Beside where it belongs: a step that fails its check leaves what was there.
     with tempfile.TemporaryDirectory(dir=path, prefix=".partial-") as partial:

@@ -12,6 +12,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.optim import Optimizer
 
 from mpgraph.errors import ExportError
+from mpgraph.onnx.alike_update import trace_alike_update
 from mpgraph.onnx.first_state import with_state
 from mpgraph.onnx.functional import functional, in_plain_operators
 from mpgraph.onnx.ports import (
@@ -36,7 +37,6 @@ from mpgraph.step.loss import models_own_loss
 from mpgraph.step.optimizer_places import equal_counters
 from mpgraph.step.slots import StepSlot
 from mpgraph.step.trace_gradients import Gradients, trace_gradients
-from mpgraph.step.trace_update import trace_update
 from mpgraph.structure import Spec, count_leaves
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def trace_step(
     gradients = _gradients(step, leaves, spec, dynamic)
     nodes = gradients_of(gradients.graph_module.graph)
     values = {name: node.meta["val"] for name, node in nodes.items()}
-    update = trace_update(optimizer, step._names, values, gradients.mode)
+    update = trace_alike_update(optimizer, step._names, values, gradients.mode)
     context = _context(step, optimizer, gradients)
     gm, _ = assemble(gradients.graph_module, update, context)
     _write_assigned(gm.graph, gradients)

@@ -22,6 +22,8 @@ def make_session(path: Path, providers: Sequence[Any], threads: int | None) -> A
     _check_version()
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # One block for all temporary values of a step is a third larger than what they need in turn.
+    options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

@@ -28,8 +28,10 @@ from mpgraph.onnx.lowering import (
     products,
     sampling,
     scattering,
+    selections,
     special,
     training,
+    updates,
 )
 from mpgraph.onnx.lowering.row import Row
 
@@ -42,10 +44,12 @@ ROWS: tuple[Row, ...] = (
     *products.ROWS,
     *bags.ROWS,
     *scattering.ROWS,
+    *selections.ROWS,
     *sampling.ROWS,
     *ordering.ROWS,
     *arithmetic.ROWS,
     *training.ROWS,
+    *updates.ROWS,
     *copies.ROWS,
     *ctc.ROWS,
     *losses.ROWS,
