@@ -75,4 +75,6 @@ def _may_write(target: Any) -> bool:
 
 def _is_number(node: fx.Node) -> bool:
     """A size or what is computed of sizes: such functions write nothing."""
-    return isinstance(node.meta["val"], (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
+    return isinstance(
+        node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+    )
