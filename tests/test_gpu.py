@@ -195,3 +195,16 @@ def test_fused_kernels_take_the_gradients_of_convolutions() -> None:
         )  # fmt: skip
         losses.append([step(x).item() for _ in range(5)])
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
+@pytest.mark.parametrize("compile", [True, "reduce-overhead"])
+def test_dropout_draws_another_mask_at_every_step(compile: Any) -> None:
+    torch.manual_seed(0)
+    model = Net().cuda()
+    model.drop.p = 0.5
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, fused=True)
+    step = mpgraph.TrainStep(model, optimizer, loss_fn, precision="bf16", compile=compile)
+    (batch,) = batches(1)
+    losses = {step(*batch).item() for _ in range(6)}
+    assert len(losses) == 6
+    assert max(losses) < 1.2 * min(losses)

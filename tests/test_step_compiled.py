@@ -87,3 +87,59 @@ def test_fused_kernels_get_gradients_laid_out_as_parameters_are(size):
     assert torch.equal(seen[0], plain)
     # Another order of dimensions of size 1 is no other order in memory.
     assert (seen[0].data_ptr() == gradient.data_ptr()) is (size == 1)
+
+
+class _Masked(nn.Module):
+    """The mean of weights that dropout takes some of: their gradient is the mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(64, 64))
+
+    def forward(self, x):
+        return (nn.functional.dropout(self.weight.exp().log(), 0.25) * x).sum()
+
+
+def test_dropout_has_one_mask_in_forward_and_backward_and_another_at_every_step():
+    torch.manual_seed(0)
+    model = _Masked()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    step = mpgraph.TrainStep(model, optimizer, lambda model, x: model(x), precision="fp32")
+    masks = []
+    for _ in range(3):
+        before = model.weight.detach().clone()
+        loss = step(torch.ones(()))
+        gradient = before - model.weight.detach()
+        torch.testing.assert_close(loss, (before * gradient).sum(), rtol=1e-4, atol=1e-4)
+        masks.append(gradient.abs() > 0.5)
+        assert 0.2 < 1 - masks[-1].float().mean() < 0.3
+    assert not torch.equal(masks[1], masks[2])
+
+
+class _Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
+        return mixed.float().square().mean()
+
+
+@pytest.mark.parametrize("fallback_random", [False, True])
+def test_attention_with_dropout_trains_when_compiled(fallback_random):
+    """Inductor alone fuses the product with the mask into a kernel before the mask is drawn."""
+    x = torch.randn(4, 6, 8)
+    losses = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = _Attends()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = mpgraph.TrainStep(
+            model, optimizer, lambda model, x: model(x), precision="fp32", compile=compile
+        )
+        torch.manual_seed(1)
+        with torch._inductor.config.patch(fallback_random=fallback_random):
+            losses.append([step(x).item() for _ in range(4)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5 if fallback_random else 0.2)

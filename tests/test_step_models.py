@@ -162,7 +162,7 @@ REFUSED = {
     "hf-wav2vec2": "it branches on the values of a tensor",
     "hf-detr-no-labels": "it branches on the values of a tensor",
 }
-COMPILED = ("hf-llama", "timm-vit")
+COMPILED = ("hf-llama", "hf-bert", "hf-gpt2", "timm-vit", "timm-resnet")
 
 
 def _zoo(names: Iterable[str]) -> Iterator[Any]:

@@ -11,11 +11,12 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._inductor.compile_fx import partition_fn
-from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mpgraph.step.joint import fresh
+from mpgraph.step.random import decompositions
 
 _COPY = torch.ops.aten.copy_.default
 # By this name AOTAutograd's partitioner knows where the backward half begins.
@@ -79,7 +80,7 @@ def cut(gm: fx.GraphModule, mode: FakeTensorMode, static: Sequence[int]) -> tupl
     graph.output_node().args = (tuple(values[i] for i in order),)
     whole.recompile()
     examples = [node.meta["val"] for node in inputs]
-    with mode:
+    with mode, V.set_fake_mode(mode):  # passes over random numbers look for it there
         first, second = partition_fn(
             whole,
             [*examples, examples[0]],
@@ -112,9 +113,9 @@ def _functional(gm: fx.GraphModule, mode: FakeTensorMode) -> fx.GraphModule:
         warnings.simplefilter("ignore")
         values = [fresh(node.meta["val"]) for node in (*slots, loss)]
         traced: Any = torch.func.functionalize(fx.GraphModule(gm, seeded), remove="mutations")
-        whole = make_fx(
-            traced, decomposition_table=select_decomp_table(), _allow_non_fake_inputs=True
-        )(*values)
+        whole = make_fx(traced, decomposition_table=decompositions(), _allow_non_fake_inputs=True)(
+            *values
+        )
     for node in list(whole.graph.nodes):
         if node.target is torch.ops.aten.detach.default:  # autograd's, which is over
             node.replace_all_uses_with(cast(fx.Node, node.args[0]))
