@@ -26,6 +26,7 @@ _HALVES = frozenset({torch.bfloat16, torch.float16})
 _VALUES = operator.methodcaller("values")
 # How far into plain objects (a model's config, and the configs inside it) attributes are read.
 _DEPTH = 2
+Path = tuple[Any, ...]  # the position of a module, and keys from there on
 _NOT_OWN: tuple[dict[str, Any], str, int] = {}, "", -1
 
 
@@ -112,12 +113,15 @@ class ModuleTree:
 
     def version(self) -> int:
         """A number that stands for the plain attributes and hooks as they are now."""
-        if [*map(len, self._tables)] != self._sizes:
+        if [*map(len, self._tables)] != self._sizes or self._entered_now() != self._entered:
             self._collect()
         if [*map(len, self.code.tables)] != self._class_sizes:
             self.code = CodeState(self.modules)
             self._collect()
         values = [table.get(key) for table, key in self._plain]
+        if values != self._values[: len(values)] and not self._are_plain():
+            self._collect()  # what was None, say, is a list now
+            values = [table.get(key) for table, key in self._plain]
         values += [_frozen(table.get(key)) for table, key in self._lists]
         values += [isinstance(table.get(key), torch.Tensor) for table, key in self._tensors]
         values += [Opaque(hook) for table in self._hooks for hook in table.values()]
@@ -129,14 +133,30 @@ class ModuleTree:
         if values != self._values:
             self._values = values
             # Names of places belong to it: attributes may come and go.
-            places = tuple((id(table), key) for table, key in (*self._plain, *self._lists))
+            paths = self._paths
+            places = tuple(
+                (paths.get(id(table), id(table)), key)
+                for table, key in (*self._plain, *self._lists)
+            )
             state = (places, tuple(map(_hashable, values)))
             self._version = self._versions.setdefault(state, len(self._versions))
         return self._version
 
+    def _are_plain(self) -> bool:
+        own = self._plain[: len(self._plain) - len(self.code.places)]
+        return all(isinstance(table.get(key), _READ) for table, key in own)
+
+    def _entered_now(self) -> list[int]:
+        """Which objects and dicts are in the places of those whose attributes are read."""
+        return [id(table.get(key)) for table, key in self._ways]
+
     def _collect(self) -> None:
-        owners = list(_tables_of(self.modules))
+        found = list(_tables_of(self.modules))
+        owners = [table for table, _, _ in found]
         self._tables = owners
+        self._paths = {id(table): path for table, path, _ in found}
+        self._ways = [way for _, _, ways in found for way in ways]
+        self._entered = self._entered_now()
         self._sizes = [*map(len, owners)]
         self._class_sizes = [*map(len, self.code.tables)]
         self._plain = list(_places(owners, lambda v: isinstance(v, _READ)))
@@ -174,20 +194,34 @@ def _ties(tables: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str, A
             first.setdefault(id(value), (table, name))
 
 
-def _tables_of(modules: list[nn.Module]) -> Iterator[dict[str, Any]]:
-    """The attribute tables of the modules, and of the plain objects that they hold."""
+def _tables_of(
+    modules: list[nn.Module],
+) -> Iterator[tuple[dict[str, Any], Path, list[tuple[dict[str, Any], str]]]]:
+    """The attribute tables of the modules, and of the plain objects and dicts that they hold.
+
+    Each with the way to it from a module, and with the places in it that lead further.
+    """
     seen: set[int] = set()
-    todo: list[tuple[Any, int]] = [(module, 0) for module in modules]
+    todo: list[tuple[Any, Path]] = [(module, (i,)) for i, module in enumerate(modules)]
     while todo:
-        owner, depth = todo.pop()
-        table = owner if isinstance(owner, dict) else getattr(owner, "__dict__", None)
-        if not isinstance(table, dict) or id(table) in seen:
+        owner, path = todo.pop()
+        table = _table(owner)
+        if table is None or id(table) in seen:
             continue
         seen.add(id(table))
-        yield table
-        if depth < _DEPTH:
-            values = [v for k, v in list(table.items()) if k not in MODULE_STATE]
-            todo += [(v, depth + 1) for v in values if not isinstance(v, (*_READ, *_OPEN))]
+        inner = [k for k, v in list(table.items()) if k not in MODULE_STATE and _is_open(v)]
+        inner = inner if len(path) <= _DEPTH else []
+        yield table, path, [(table, key) for key in inner]
+        todo += [(table[key], (*path, key)) for key in inner]
+
+
+def _table(owner: Any) -> dict[str, Any] | None:
+    table = owner if isinstance(owner, dict) else getattr(owner, "__dict__", None)
+    return table if isinstance(table, dict) else None
+
+
+def _is_open(value: Any) -> bool:
+    return not isinstance(value, (*_READ, *_OPEN)) and _table(value) is not None
 
 
 def _places(

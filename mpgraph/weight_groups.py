@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from mpgraph.capture.captured import Slot
+from mpgraph.pipeline import element_count
 
 # How many copies are made together at most; 1 makes each by itself. Gradients wait in 16 bit for
 # those of their group, which takes memory, and lets them reach DDP's buckets later: a group of more
@@ -47,13 +48,17 @@ def _cut(same: list[int], placeholders: list[fx.Node]) -> Iterator[list[int]]:
     is_copy = placeholders[same[0]].meta["slot"].kind == "cast"
     most, group, held = GROUP if is_copy else GROUP_OF_ALIASES, list[int](), 0
     for i in same:
-        size = placeholders[i].meta["val"].nbytes if is_copy else 0
+        size = _bytes(placeholders[i].meta["val"]) if is_copy else 0
         if len(group) >= most or (len(group) >= FEW and held + size > BYTES_OF_MANY):
             yield group
             group, held = [], 0
         group.append(i)
         held += size
     yield group
+
+
+def _bytes(value: torch.Tensor) -> int:
+    return element_count(value) * value.element_size()
 
 
 def _uses(graph: fx.Graph) -> tuple[dict[fx.Node, int], dict[fx.Node, int]]:

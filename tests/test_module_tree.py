@@ -75,8 +75,17 @@ def set_forward(model: Any) -> None:
     layer.forward = lambda x: nn.functional.linear(x, layer.weight, layer.bias) + 7
 
 
+def replace_config(model: Any) -> None:
+    model.config = types.SimpleNamespace(gain=2.0, inner=types.SimpleNamespace(negate=False))
+
+
+def replace_inner_config(model: Any) -> None:
+    model.config.inner = types.SimpleNamespace(negate=True)
+
+
 CHANGES = [
-    set_phase, set_dropout, set_list, set_config, set_inner_config, set_new_attribute,
+    set_phase, set_dropout, set_list, set_config, set_inner_config, replace_config,
+    replace_inner_config, set_new_attribute,
     set_function, set_hook, set_forward,
 ]  # fmt: skip
 
@@ -94,6 +103,32 @@ def test_a_change_of_python_state_is_seen_by_the_next_call(change: Callable[[Any
         want = model(x)
     torch.manual_seed(1)
     assert torch.equal(converted(x), want)
+
+
+class Named(nn.Linear):
+    """Has a list only later, as a model's config has the names of its classes once it is saved."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.names: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * len(self.names or ())
+
+
+@pytest.mark.parametrize("kind", [list, tuple, set, dict.fromkeys])
+def test_what_was_none_may_become_a_container_and_change(kind: Callable[[Any], Any]):
+    model = mpgraph.convert(Named(), "bf16")
+    x = torch.ones(2, 8)
+    assert not model(x).any()
+    model.names = kind(["a"])
+    once = model(x)
+    model.names = kind(["a", "b"])
+    assert once.any()
+    assert torch.equal(model(x), once * 2)
+    if isinstance(model.names, list):
+        model.names.append("c")
+        assert torch.equal(model(x), once * 3)
 
 
 def test_going_back_finds_the_earlier_graph():
@@ -369,3 +404,12 @@ def test_a_generator_made_in_forward_starts_anew_at_every_call():
 def test_lazy_parameters_are_refused():
     with pytest.raises(mpgraph.PrecisionError, match="not initialised yet"):
         mpgraph.convert(nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(4)), "bf16")
+
+
+def test_an_equal_object_in_the_place_of_another_costs_no_graph():
+    converted = mpgraph.convert(Switched(), "bf16")
+    x = torch.randn(4, 8)
+    for _ in range(4):
+        converted(x)
+        converted.config = copy.deepcopy(converted.config)
+    assert len(mpgraph.explain(converted).graphs) == 1
