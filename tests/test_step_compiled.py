@@ -143,3 +143,29 @@ def test_attention_with_dropout_trains_when_compiled(fallback_random):
         with torch._inductor.config.patch(fallback_random=fallback_random):
             losses.append([step(x).item() for _ in range(4)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5 if fallback_random else 0.2)
+
+
+class _Caches(nn.Module):
+    """Keys behind an empty cache, as transformers has them at the first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.keys = nn.Linear(8, 8)
+
+    def forward(self, x):
+        heads = self.keys(x).unflatten(-1, (2, 4)).transpose(1, 2)
+        keys = torch.cat([torch.tensor([]), heads], dim=-2)
+        return (heads @ (keys.transpose(-1, -2) * 0.5)).square().mean()
+
+
+def test_values_that_inductor_lays_out_in_another_way_are_reshaped():
+    x, losses = torch.randn(3, 6, 8), []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = _Caches()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = mpgraph.TrainStep(
+            model, optimizer, lambda model, x: model(x), precision="fp32", compile=compile
+        )
+        losses.append([step(x).item() for _ in range(3)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -14,7 +14,6 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from mpgraph.errors import PrecisionError
 from mpgraph.infer import fake_mode_of
@@ -23,7 +22,7 @@ from mpgraph.passes.share_counters import share_counters
 from mpgraph.passes.tensor_numbers import tensor_numbers
 from mpgraph.passes.widen_sums import widen_sums
 from mpgraph.pipeline import GraphPass, run_passes
-from mpgraph.step.joint import StepContext
+from mpgraph.step.joint import StepContext, memory_of
 from mpgraph.step.partition import SEED, Half, Source, cut
 from mpgraph.step.slots import step_slots
 
@@ -171,12 +170,12 @@ def _compile(
 def _given_away(forward: Half, backward: Half) -> list[int]:
     """Which inputs of the backward half are kept for it alone, in memory that nothing else has."""
     everything = [*forward.values, *forward.returned, *backward.returned]
-    counts = collections.Counter(map(_memory, everything))
+    counts = collections.Counter(map(memory_of, everything))
     kept = dict(zip(forward.results, forward.returned, strict=True))
     return [
         index
         for index, source in enumerate(backward.sources)
-        if source in kept and counts[_memory(kept[source])] == 1
+        if source in kept and counts[memory_of(kept[source])] == 1
     ]
 
 
@@ -186,13 +185,6 @@ def _name_given(backward: Half, given: Sequence[int]) -> None:
     for index in given:
         places[index].target = f"given_{places[index].target}"
     backward.graph_module.recompile()
-
-
-def _memory(value: Any) -> Any:
-    """What tensors that share memory have in common."""
-    if not isinstance(value, torch.Tensor):
-        return None
-    return StorageWeakRef(value.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def _restrided(forward: Half, backward: Half, strides: list[Any]) -> list[Any]:

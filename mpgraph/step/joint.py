@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mpgraph.infer import fake_mode_of
 from mpgraph.pipeline import PassContext
@@ -88,6 +89,13 @@ def copied_as(value: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
     """A copy with these strides."""
     place = torch.empty_strided(value.shape, stride, dtype=value.dtype, device=value.device)
     return place.copy_(value)
+
+
+def memory_of(value: Any) -> Any:
+    """What tensors that share memory have in common."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    return StorageWeakRef(value.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def _fresh(value: Any) -> Any:

@@ -15,7 +15,8 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mpgraph.step.joint import fresh
+from mpgraph import ir
+from mpgraph.step.joint import fresh, memory_of
 from mpgraph.step.random import decompositions
 
 _COPY = torch.ops.aten.copy_.default
@@ -108,6 +109,7 @@ def _functional(gm: fx.GraphModule, mode: FakeTensorMode) -> fx.GraphModule:
         placeholder = seeded.placeholder(_SEED)
     seed.replace_all_uses_with(placeholder)
     seeded.erase_node(seed)
+    _let_views_copy(seeded)
     slots = gm.graph.find_nodes(op="placeholder")
     with mode, torch.no_grad(), warnings.catch_warnings(), enable_python_dispatcher():
         warnings.simplefilter("ignore")
@@ -125,6 +127,22 @@ def _functional(gm: fx.GraphModule, mode: FakeTensorMode) -> fx.GraphModule:
         node.target = node.name = f"primals_{index + 1}"
     placeholders[-1].target = placeholders[-1].name = _SEED
     return whole
+
+
+def _let_views_copy(graph: fx.Graph) -> None:
+    """Views become reshapes where nothing is written through them.
+
+    Inductor's decompositions lay some values out otherwise than eager mode does (``cat`` with an
+    empty tensor), and then what was a view cannot be one.
+    """
+    written = {
+        memory_of(value.meta.get("val"))
+        for node in graph.nodes
+        for value in ir.written_arguments(node)
+    }
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        if memory_of(node.meta.get("val")) not in written:
+            node.target = torch.ops.aten.reshape.default
 
 
 def _is_seed(node: fx.Node) -> bool:
