@@ -70,3 +70,13 @@ def needs_a_value(line: str) -> str:
         "Compute with tensors instead (torch.where), and return what you want to print beside "
         "the loss."
     )
+
+
+def needs_a_size(operator: object, line: str) -> str:
+    """What to say of an operator whose result's size depends on values, at this line."""
+    where = f" at {line}" if line else ""
+    return (
+        f"the size of what {operator} returns{where} depends on the values of tensors, which a step "
+        "that is captured once does not have while it is traced. Use an operator with a fixed size "
+        "(torch.where, a mask), or an ordinary loop with mpgraph.convert and mpgraph.guard."
+    )

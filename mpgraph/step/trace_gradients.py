@@ -11,7 +11,11 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -28,7 +32,7 @@ from mpgraph.errors import CaptureError, MPGraphError
 from mpgraph.module import State
 from mpgraph.step.inside import Assigned, Inside
 from mpgraph.step.joint import copied_as, fresh, mark
-from mpgraph.step.loss import LossFunction, loss_of, needs_a_value
+from mpgraph.step.loss import LossFunction, loss_of, needs_a_size, needs_a_value
 from mpgraph.step.reads import LossReads
 from mpgraph.step.sizes import SizeGuards
 from mpgraph.step.slots import Homes, StepSlot, place_name
@@ -230,6 +234,8 @@ def _traced(trace: _Trace, fakes: Sequence[Any]) -> fx.GraphModule:
         DataDependentOutputException,
     ) as error:
         raise CaptureError(needs_a_value(line_of_error(error))) from error
+    except DynamicOutputShapeException as error:
+        raise CaptureError(needs_a_size(error.func, line_of_error(error))) from error
 
 
 @contextlib.contextmanager
