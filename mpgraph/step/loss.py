@@ -76,7 +76,7 @@ def needs_a_size(operator: object, line: str) -> str:
     """What to say of an operator whose result's size depends on values, at this line."""
     where = f" at {line}" if line else ""
     return (
-        f"the size of what {operator} returns{where} depends on the values of tensors, which a step "
-        "that is captured once does not have while it is traced. Use an operator with a fixed size "
+        f"the size of what {operator} returns{where} depends on the values of tensors, and a step "
+        "that is captured once has none while it is traced. Use an operator with a fixed size "
         "(torch.where, a mask), or an ordinary loop with mpgraph.convert and mpgraph.guard."
     )
