@@ -127,22 +127,24 @@ class _Attends(nn.Module):
         return mixed.float().square().mean()
 
 
+def _losses(kind, x, compile):
+    torch.manual_seed(0)
+    model = kind()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = mpgraph.TrainStep(
+        model, optimizer, lambda model, x: model(x), precision="fp32", compile=compile
+    )
+    torch.manual_seed(1)
+    return [step(x).item() for _ in range(4)]
+
+
 @pytest.mark.parametrize("fallback_random", [False, True])
 def test_attention_with_dropout_trains_when_compiled(fallback_random):
     """Inductor alone fuses the product with the mask into a kernel before the mask is drawn."""
     x = torch.randn(4, 6, 8)
-    losses = []
-    for compile in (False, True):
-        torch.manual_seed(0)
-        model = _Attends()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        step = mpgraph.TrainStep(
-            model, optimizer, lambda model, x: model(x), precision="fp32", compile=compile
-        )
-        torch.manual_seed(1)
-        with torch._inductor.config.patch(fallback_random=fallback_random):
-            losses.append([step(x).item() for _ in range(4)])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5 if fallback_random else 0.2)
+    with torch._inductor.config.patch(fallback_random=fallback_random):
+        eager, compiled = (_losses(_Attends, x, compile) for compile in (False, True))
+    assert compiled == pytest.approx(eager, rel=1e-5 if fallback_random else 0.2)
 
 
 class _Caches(nn.Module):
@@ -159,13 +161,6 @@ class _Caches(nn.Module):
 
 
 def test_values_that_inductor_lays_out_in_another_way_are_reshaped():
-    x, losses = torch.randn(3, 6, 8), []
-    for compile in (False, True):
-        torch.manual_seed(0)
-        model = _Caches()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        step = mpgraph.TrainStep(
-            model, optimizer, lambda model, x: model(x), precision="fp32", compile=compile
-        )
-        losses.append([step(x).item() for _ in range(3)])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    x = torch.randn(3, 6, 8)
+    eager, compiled = (_losses(_Caches, x, compile) for compile in (False, True))
+    assert compiled == pytest.approx(eager, rel=1e-5)
