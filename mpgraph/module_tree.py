@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from mpgraph.structure import Opaque
 
 _READ = (
     *PLAIN, torch.dtype, torch.device,
-    types.FunctionType, types.BuiltinFunctionType, types.MethodType,
+    types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial,
 )  # fmt: skip
 _OPEN = (nn.Module, torch.Tensor, type, types.ModuleType)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -55,6 +56,7 @@ class ModuleTree:
         self.note_tensors()
         self._versions: dict[Any, int] = {}
         self._values: list[Any] = []
+        self._kinds: list[type] = []
         self._version = -1
         self.code = CodeState(self.modules)
         self._collect()
@@ -119,10 +121,11 @@ class ModuleTree:
             self.code = CodeState(self.modules)
             self._collect()
         values = [table.get(key) for table, key in self._plain]
-        if values != self._values[: len(values)] and not self._are_plain():
+        values += [_frozen(table.get(key)) for table, key in self._lists]
+        if values != self._values[: len(values)] and not self._are_as_found():
             self._collect()  # what was None, say, is a list now
             values = [table.get(key) for table, key in self._plain]
-        values += [_frozen(table.get(key)) for table, key in self._lists]
+            values += [_frozen(table.get(key)) for table, key in self._lists]
         values += [isinstance(table.get(key), torch.Tensor) for table, key in self._tensors]
         values += [Opaque(hook) for table in self._hooks for hook in table.values()]
         values += map(len, self._hooks)
@@ -130,25 +133,32 @@ class ModuleTree:
             (parameter := table.get(name)) is not None and parameter.requires_grad
             for table, name, _ in self._parameters
         ]
-        if values != self._values:
-            self._values = values
+        kinds = [*map(type, values)]  # 1, True and 1.0 are equal
+        if values != self._values or kinds != self._kinds:
+            self._values, self._kinds = values, kinds
             # Names of places belong to it: attributes may come and go.
             paths = self._paths
             places = tuple(
                 (paths.get(id(table), id(table)), key)
                 for table, key in (*self._plain, *self._lists)
             )
-            state = (places, tuple(map(_hashable, values)))
+            state = (places, self._classes(), tuple(map(_hashable, values)))
             self._version = self._versions.setdefault(state, len(self._versions))
         return self._version
 
-    def _are_plain(self) -> bool:
+    def _are_as_found(self) -> bool:
         own = self._plain[: len(self._plain) - len(self.code.places)]
-        return all(isinstance(table.get(key), _READ) for table, key in own)
+        return all(isinstance(table.get(key), _READ) for table, key in own) and all(
+            _is_plain_list(table.get(key)) for table, key in self._lists
+        )
 
     def _entered_now(self) -> list[int]:
         """Which objects and dicts are in the places of those whose attributes are read."""
         return [id(table.get(key)) for table, key in self._ways]
+
+    def _classes(self) -> tuple[type, ...]:
+        """What code they bring along."""
+        return tuple([type(table.get(key)) for table, key in self._ways])
 
     def _collect(self) -> None:
         found = list(_tables_of(self.modules))

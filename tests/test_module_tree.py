@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -103,6 +104,69 @@ def test_a_change_of_python_state_is_seen_by_the_next_call(change: Callable[[Any
         want = model(x)
     torch.manual_seed(1)
     assert torch.equal(converted(x), want)
+
+
+class Doubles:
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+class Halves:
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * 0.5
+
+
+class Strategic(nn.Linear):
+    """Runs what it holds."""
+
+    def __init__(self, strategy: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(8, 8)
+        self.strategy = strategy
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.strategy(super().forward(x))
+
+
+def scaled(x: Tensor, factor: Any) -> Tensor:
+    return x / 2 if factor is True else x * factor
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (Doubles(), Halves()),
+        (functools.partial(scaled, factor=2), functools.partial(scaled, factor=0.5)),
+        (functools.partial(scaled, factor=1), functools.partial(scaled, factor=True)),
+    ],
+)
+def test_another_strategy_is_seen_by_the_next_call(first: Any, second: Any):
+    model = mpgraph.convert(Strategic(first), "bf16")
+    x = torch.ones(2, 8)
+    once = model(x)
+    model.strategy = second
+    assert torch.equal(model(x), second(once / first(torch.ones(()))))
+
+
+class Counted(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.times: Any = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return -y if self.times is True else y * 2 if isinstance(self.times, (list, dict)) else y
+
+
+@pytest.mark.parametrize(
+    ("kinds", "factors"), [((1, True), (1, -1)), (([1], {1: 1}, 1), (2, 2, 1))]
+)
+def test_equal_values_of_other_types_are_told_apart(kinds: Any, factors: Any):
+    model = mpgraph.convert(Counted(), "bf16")
+    x = torch.ones(2, 8)
+    once = model(x)
+    for kind, factor in zip(kinds, factors, strict=True):
+        model.times = kind
+        assert torch.equal(model(x), once * factor)
 
 
 class Named(nn.Linear):
