@@ -18,7 +18,7 @@ PYTEST_ARGS ?= -m "not slow and not zoo"
 .PHONY: help demo test lint format types wheel zoo zoo-all bench convergence clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # A stamp newer than these three files means that nothing need be installed. An environment made
 # by hand has no stamp and is completed in place.
