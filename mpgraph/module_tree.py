@@ -27,7 +27,7 @@ _HALVES = frozenset({torch.bfloat16, torch.float16})
 _VALUES = operator.methodcaller("values")
 # How far into plain objects (a model's config, and the configs inside it) attributes are read.
 _DEPTH = 2
-Path = tuple[Any, ...]  # the position of a module, and keys from there on
+_Path = tuple[Any, ...]  # the position of a module, and keys from there on
 _NOT_OWN: tuple[dict[str, Any], str, int] = {}, "", -1
 
 
@@ -120,12 +120,10 @@ class ModuleTree:
         if [*map(len, self.code.tables)] != self._class_sizes:
             self.code = CodeState(self.modules)
             self._collect()
-        values = [table.get(key) for table, key in self._plain]
-        values += [_frozen(table.get(key)) for table, key in self._lists]
+        values = self._attributes()
         if values != self._values[: len(values)] and not self._are_as_found():
             self._collect()  # what was None, say, is a list now
-            values = [table.get(key) for table, key in self._plain]
-            values += [_frozen(table.get(key)) for table, key in self._lists]
+            values = self._attributes()
         values += [isinstance(table.get(key), torch.Tensor) for table, key in self._tensors]
         values += [Opaque(hook) for table in self._hooks for hook in table.values()]
         values += map(len, self._hooks)
@@ -145,6 +143,10 @@ class ModuleTree:
             state = (places, self._classes(), tuple(map(_hashable, values)))
             self._version = self._versions.setdefault(state, len(self._versions))
         return self._version
+
+    def _attributes(self) -> list[Any]:
+        values = [table.get(key) for table, key in self._plain]
+        return values + [_frozen(table.get(key)) for table, key in self._lists]
 
     def _are_as_found(self) -> bool:
         own = self._plain[: len(self._plain) - len(self.code.places)]
@@ -206,13 +208,13 @@ def _ties(tables: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str, A
 
 def _tables_of(
     modules: list[nn.Module],
-) -> Iterator[tuple[dict[str, Any], Path, list[tuple[dict[str, Any], str]]]]:
+) -> Iterator[tuple[dict[str, Any], _Path, list[tuple[dict[str, Any], str]]]]:
     """The attribute tables of the modules, and of the plain objects and dicts that they hold.
 
     Each with the way to it from a module, and with the places in it that lead further.
     """
     seen: set[int] = set()
-    todo: list[tuple[Any, Path]] = [(module, (i,)) for i, module in enumerate(modules)]
+    todo: list[tuple[Any, _Path]] = [(module, (i,)) for i, module in enumerate(modules)]
     while todo:
         owner, path = todo.pop()
         table = _table(owner)

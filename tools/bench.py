@@ -177,14 +177,7 @@ def measure(name: str, device: str, precision: str, steps: int, ways: list[str])
     figures: dict[str, dict[str, Any]] = {}
     for way, step in track(made.items(), f"{name}: compiling, warming up", total=len(made)):
         figures[way] = _warmed(step, device)
-    seconds: dict[str, list[float]] = {way: [] for way in made}
-    for index in track(range(steps), name):
-        for way in sorted(made, reverse=bool(index % 2)):
-            _wait(device)
-            started = time.perf_counter()
-            made[way]()
-            _wait(device)
-            seconds[way].append(time.perf_counter() - started)
+    seconds = in_turns(made, steps, name, device)
     return {
         "model": name,
         "precision": precision,
@@ -193,6 +186,19 @@ def measure(name: str, device: str, precision: str, steps: int, ways: list[str])
         "seconds": seconds,
         "ratios": {way: ratio(seconds[way], seconds[PEER]) for way in made},
     }
+
+
+def in_turns(made: dict[str, Step], steps: int, name: str, device: str) -> dict[str, list[float]]:
+    """The seconds of every step, the order of the ways changing from step to step."""
+    seconds: dict[str, list[float]] = {way: [] for way in made}
+    for index in track(range(steps), name):
+        for way in sorted(made, reverse=bool(index % 2)):
+            _wait(device)
+            started = time.perf_counter()
+            made[way]()
+            _wait(device)
+            seconds[way].append(time.perf_counter() - started)
+    return seconds
 
 
 def ratio(found: list[float], peer: list[float]) -> dict[str, float]:

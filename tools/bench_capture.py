@@ -3,10 +3,9 @@
     python tools/bench_capture.py [--blocks 5 50] [--device cuda] [--json FILE]
 
 A chain of transformer blocks is converted and run once, then put into a TrainStep with AdamW; the
-seconds of each part are those of one run, in CPU time of this process where nothing is compiled and
-in wall time where Inductor compiles, which uses processes of its own. The last column is
-``torch.compile`` of the same model under ``torch.autocast``: Dynamo, AOTAutograd and Inductor for
-forward and backward, up to the end of its first step. Caches are off.
+seconds of each part are those of one run, by the clock. The last column is ``torch.compile`` of the
+same model under ``torch.autocast``: Dynamo, AOTAutograd and Inductor for forward and backward, to
+the end of its first step. Caches are off.
 """
 
 from __future__ import annotations

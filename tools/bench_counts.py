@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -11,6 +13,10 @@ import torch
 from torch import fx
 from torch._inductor import compile_fx
 from torch.profiler import ProfilerActivity, profile
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from tests.peak import peak_bytes as peak_bytes_on_cpu
 
 _CASTS = ("aten::_to_copy", "prims::convert_element_type")
 
@@ -59,14 +65,7 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    now = most = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
+    return peak_bytes_on_cpu(step)
 
 
 def launches(step: Callable[[], Any], device: str) -> int | None:

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -32,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import ratio
+from bench_eager import processor, write
 from gpt import GPT, GPTConfig
 
 import mpgraph
@@ -233,24 +232,16 @@ def main() -> None:
             rows += measure(name, options.rounds, Path(folder))
     record = {
         "command": f"python tools/bench_onnx_infer.py --rounds {options.rounds}",
-        "machine": machine(),
+        "machine": processor(),
         "onnxruntime": onnxruntime.__version__,
         "torch": torch.__version__,
         "converter": onnxconverter_common.__version__,
         "rounds": options.rounds,
         "rows": [dataclasses.asdict(row) for row in rows],
     }
-    options.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    write(options.out.with_suffix(".json"), record)
     options.out.with_suffix(".md").write_text(table(record))
     print(table(record))
-
-
-def machine() -> str:
-    """The processor's name."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

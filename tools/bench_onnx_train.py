@@ -26,19 +26,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import torch
 import torch._functorch.config
-from bench import Step, Ways, ratio
+from bench import Step, Ways, in_turns, ratio
 from bench_counts import peak_bytes
 from bench_eager import DTYPES, machine, write
 from bench_report import line
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import track
 
 import mpgraph
 from mpgraph.runtime import OnnxTrainer
@@ -72,8 +72,7 @@ class TrainWays(Ways):
         step.export_onnx(folder, example_inputs=self.batch, verify=verify)
         seconds = time.process_time() - started
         trainer = OnnxTrainer(folder, threads=threads)
-        arrays = [value.contiguous().numpy() for value in self.batch]
-        batch = dict(zip(trainer.inputs, arrays, strict=True))
+        batch = _arrays(trainer.inputs, self.batch)
         return lambda: trainer.step(**batch)["loss"], seconds
 
 
@@ -86,7 +85,7 @@ def measure(name: str, precision: str, options: argparse.Namespace, folder: Path
     losses = {way: torch.as_tensor(step()).item() for way, step in made.items()}
     for step in made.values():
         step(), step()
-    seconds = in_turns(made, options.steps, f"{name} {precision}")
+    seconds = in_turns(made, options.steps, f"{name} {precision}", "cpu")
     state = 3 * 4 * sum(p.numel() for p in subject.model.parameters())
     return {
         "model": name,
@@ -104,17 +103,6 @@ def measure(name: str, precision: str, options: argparse.Namespace, folder: Path
         "ratios": {peer: ratio(seconds[ONNX], seconds[peer]) for peer in GOALS},
         "profile": profile(folder, subject.batch, options.threads) if options.profile else {},
     }
-
-
-def in_turns(made: dict[str, Step], steps: int, name: str) -> dict[str, list[float]]:
-    """The seconds of every step."""
-    seconds: dict[str, list[float]] = {way: [] for way in made}
-    for index in track(range(steps), name):
-        for way in sorted(made, reverse=bool(index % 2)):
-            started = time.perf_counter()
-            made[way]()
-            seconds[way].append(time.perf_counter() - started)
-    return seconds
 
 
 # Takes a folder, a file of arrays and a number of threads; prints by how many bytes it grew.
@@ -153,8 +141,11 @@ def _save(path: Path, folder: Path, batch: Any) -> None:
 
     manifest = json.loads((folder / "manifest.json").read_text())
     names = [tensor["name"] for tensor in manifest["graphs"]["train_step.onnx"]["inputs"]]
-    arrays: Any = {n: v.contiguous().numpy() for n, v in zip(names, batch, strict=True)}
-    np.savez(path, **arrays)
+    np.savez(path, **_arrays(names, batch))
+
+
+def _arrays(names: Iterable[str], batch: Any) -> Any:
+    return {n: v.contiguous().numpy() for n, v in zip(names, batch, strict=True)}
 
 
 def profile(folder: Path, batch: Any, threads: int) -> dict[str, float]:
@@ -188,7 +179,7 @@ def _feeds(folder: Path, batch: Any) -> dict[str, Any]:
         feeds |= load_file(folder / "frozen.safetensors")
     for number in trainer.manifest.numbers:
         feeds[number.name] = np.array(number.value, dtype=number.dtype)
-    feeds |= {n: v.contiguous().numpy() for n, v in zip(trainer.inputs, batch, strict=True)}
+    feeds |= _arrays(trainer.inputs, batch)
     graph = trainer.manifest.graphs["train_step.onnx"]
     known = {*graph.reads, *trainer.inputs, *(n.name for n in trainer.manifest.numbers)}
     return {name: value for name, value in feeds.items() if name in known}

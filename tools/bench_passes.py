@@ -9,7 +9,6 @@ time stays apart. Prints a table and, with --json, keeps the raw figures.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_eager import write
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -114,9 +114,7 @@ def main() -> None:
     if options.json:
         machine = {"python": platform.python_version(), "torch": torch.__version__,
                    "processor": platform.machine(), "cores": os.cpu_count()}  # fmt: skip
-        partial = options.json.with_suffix(".partial")
-        partial.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-        partial.replace(options.json)
+        write(options.json, {"machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":

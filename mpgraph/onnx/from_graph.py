@@ -55,13 +55,12 @@ def translate(
     """
     lowered = lower(gm, opset)
     _refuse_unknown(lowered, opset)
-    with quiet():
+    with quiet():  # of what onnx's reference evaluator cannot fold, too
         try:
             model = _translated(lowered, opset)
         except torch.onnx.OnnxExporterError as error:
             raise ExportError(_untranslated(error)) from error
-    _tell_origins(model)
-    with quiet():  # of what onnx's reference evaluator cannot fold
+        _tell_origins(model)
         clean(model)
     _rename(model, inputs, outputs, dims or {})
     return model

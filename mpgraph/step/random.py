@@ -22,12 +22,13 @@ def decompositions() -> dict[Any, Any]:
 
 
 def _bernoulli(x: torch.Tensor, p: float = 0.5, *, generator: Any = None) -> torch.Tensor:
-    if generator is not None:
+    falls_back = inductor_config.fallback_random
+    if generator is not None or (falls_back and x.device.type != "cpu"):
         return NotImplemented  # type: ignore[no-any-return]
-    if inductor_config.fallback_random and x.device.type == "cpu":
+    if falls_back:
         # The mask of dropout, which eager mode draws by the same kernel from the same generator.
         ones = torch.ones_like(x, dtype=torch.float32)
-        return aten.native_dropout.default(ones, 1.0 - p, True)[1].to(x.dtype)  # type: ignore[no-any-return]
-    if inductor_config.fallback_random:
-        return NotImplemented  # type: ignore[no-any-return]
-    return (torch.rand_like(x, dtype=torch.float32) < p).to(x.dtype)
+        mask: torch.Tensor = aten.native_dropout.default(ones, 1.0 - p, True)[1]
+    else:
+        mask = torch.rand_like(x, dtype=torch.float32) < p
+    return mask.to(x.dtype)
