@@ -164,6 +164,7 @@ class State:
         self._tree: ModuleTree | None = None
         self._signature: Signature | None = None
         self._said: set[str] = set()
+        self.moves: set[str] = set()
         self.dynamo: Any = None
         # Graphs inside of torch.compile's own: see mpgraph.capture.region.
         self.compiled: list[Any] = []
@@ -253,6 +254,9 @@ class State:
             return entry
         entries = self._by_key.get(self._key(model, leaves, spec), [])
         entry = self._capture(model, leaves, spec, entries)
+        if entry.engine == "export":
+            tree.note_reads(entry.captured.reads)
+            self.moves |= entry.captured.moves
         # Anew, because a first call may have set something up, such as hooks.
         key = self._key(model, leaves, spec, guarded=entry.engine == "dynamo")
         self._by_key.setdefault(key, []).append(entry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ _FOLDERS = tuple(
     f"{folder}/"
     for folder in {Path(torch.__file__).parent, _PACKAGE, (_PACKAGE / "passes").resolve()}
 )
+_LIBRARIES = tuple(f"{sysconfig.get_path(name)}/" for name in ("stdlib", "purelib", "platlib"))
 _GENERATED = ("<eval_with_key>", "<frozen ")
 
 
@@ -23,3 +25,8 @@ def is_foreign(filename: str) -> bool:
 def is_users(filename: str) -> bool:
     """Whether a file is the user's own, and can be read: not what was typed at a prompt."""
     return not filename.startswith("<") and not is_foreign(filename)
+
+
+def is_own_file(filename: str) -> bool:
+    """Whether a file is of the user's own project: no library's that is installed."""
+    return not is_foreign(filename) and not filename.startswith(_LIBRARIES)

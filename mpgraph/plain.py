@@ -10,6 +10,8 @@ from torch import nn
 STATE = "_mpgraph"  # the attribute of a converted module that holds mpgraph's own state
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 MODULE_STATE = frozenset(vars(nn.Module())) | {STATE}
+# What torch.nn.RNNBase remembers of its parameters; it renews this at every call.
+BOOKKEEPING = frozenset({"_flat_weights", "_flat_weight_refs"})
 # Hooks on every module there is: register_module_forward_hook and its like.
 GLOBAL_HOOKS: tuple[dict[int, Any], ...] = tuple(
     getattr(nn.modules.module, f"_global_{kind}_hooks")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from mpgraph.capture.attribute_reads import Reads
 from mpgraph.structure import Spec
 
 SlotKind = Literal["parameter", "buffer", "attribute", "constant", "input", "cast", "scale"]
@@ -50,7 +51,9 @@ class Captured:
     """One call of a model as a graph.
 
     ``graph_module`` takes one value per placeholder, whose ``meta["slot"]`` says which, and
-    returns a flat tuple: the leaves of the model's result, then those of every assignment.
+    returns a flat tuple: the leaves of the model's result, then those of every assignment. It
+    holds as long as the attributes in ``reads`` are what they were; if there are ``moves``, a run
+    changes what it is specialised to.
     """
 
     graph_module: fx.GraphModule
@@ -59,6 +62,8 @@ class Captured:
     assignments: tuple[Assignment, ...]
     accepts: Callable[[Sequence[Any]], bool]
     seconds: float
+    reads: Reads
+    moves: set[str]
 
 
 def slots_of(gm: fx.GraphModule) -> list[Slot]:

@@ -126,7 +126,9 @@ def _capture_export(
     earlier: list[Any],
     context: PassContext,
 ) -> tuple[Captured, list[PassReport]]:
-    call = Call(leaves, spec, names, _dynamic_dims(leaves, earlier))
+    call = Call(
+        leaves, spec, names, _dynamic_dims(leaves, earlier), known_moves=frozenset(state.moves)
+    )
     return export_call(state, model, call, context)
 
 

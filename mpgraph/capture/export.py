@@ -25,7 +25,12 @@ from torch.export import Dim
 from torch.export.graph_signature import ConstantArgument, InputKind
 
 from mpgraph import ir
-from mpgraph.capture.attribute_changes import attribute_changes, changes_what_is_held
+from mpgraph.capture.attribute_changes import (
+    attribute_changes,
+    changes_what_is_held,
+    moves,
+)
+from mpgraph.capture.attribute_reads import Reads
 from mpgraph.capture.captured import Assignment, Captured, Slot
 from mpgraph.capture.detect import NeedsDynamo, watch
 from mpgraph.capture.held import Held, held_in
@@ -60,6 +65,8 @@ class Call:
         says_compiling: What ``torch.compiler.is_compiling()`` answers inside the model.
         forward_only: The graph is never asked for gradients: what acts on them alone (a custom
             backward, hooks, checkpoints) need not be carried.
+        known_moves: What earlier calls have done to the model's state that made their graphs hold
+            only once: see :func:`mpgraph.capture.attribute_changes.moves`.
     """
 
     leaves: Sequence[torch.Tensor]
@@ -68,6 +75,7 @@ class Call:
     dynamic: Sequence[frozenset[int]]
     says_compiling: bool = False
     forward_only: bool = False
+    known_moves: frozenset[str] = frozenset()
 
     def describe(self) -> str:
         """The attempt in a few words, for the log."""
@@ -89,6 +97,15 @@ class _Plan:
     output: Spec | None = None
     assignments: tuple[Assignment, ...] = ()
     set_once: list[str] = dataclasses.field(default_factory=list)
+    reads: Reads = dataclasses.field(default_factory=dict)
+    moves: set[str] = dataclasses.field(default_factory=set)
+
+    def note_move(self, move: str) -> None:
+        """Accept a change of state that calls for another graph the first time, no more."""
+        if move in self.call.known_moves:
+            raise NeedsDynamo(move)
+        if move:
+            self.moves.add(move)
 
 
 class _FlatModule(nn.Module):
@@ -110,13 +127,15 @@ class _FlatModule(nn.Module):
         args, kwargs = unflatten(plan.call.spec, leaves)
         held = held_in(opaque_values(plan.call.spec))
         noted = attribute_changes(plan.model, plan.set_once)
-        with noted as changes, compiling(plan.call.says_compiling):
+        with noted as traces, compiling(plan.call.says_compiling):
             value = plan.forward(plan.model, *args, **kwargs)
+        plan.reads = traces.reads
         _refuse_changed_arguments(args, kwargs, leaves, plan.call.spec, held)
         outputs, plan.output = flatten(value)
         _refuse_opaque(plan.output)
         assignments = []
-        for (path, name, is_buffer), changed in changes.items():
+        for (path, name, is_buffer), changed in traces.assigned.items():
+            plan.note_move(moves(plan.model, plan.reads, path, name, changed))
             parts, part_spec = flatten(changed)
             outputs.extend(parts)
             assignments.append(Assignment(path, name, is_buffer, part_spec))
@@ -194,7 +213,9 @@ def capture_export(
     accepts = size_guards(program)
     _drop_unused_placeholders(gm)
     seconds = time.perf_counter() - started
-    return Captured(gm, constants, plan.output, plan.assignments, accepts, seconds)
+    return Captured(
+        gm, constants, plan.output, plan.assignments, accepts, seconds, plan.reads, plan.moves
+    )
 
 
 def _trace(
@@ -221,7 +242,7 @@ def _settled(
     A value that the first call sets and no later one does is carried, if both calls compute the
     same: it stays set, as after a call in eager mode. A counter is not.
     """
-    again = dataclasses.replace(plan, marks=Marks(plan.marks.device), set_once=[])
+    again = dataclasses.replace(plan, marks=Marks(plan.marks.device), set_once=[], moves=set())
     repeated = _trace(again, autocast)
     if again.set_once or str(repeated.graph) != str(program.graph):
         raise NeedsDynamo(changes_what_is_held(plan.set_once[0]))

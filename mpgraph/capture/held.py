@@ -12,6 +12,15 @@ import torch
 from torch import nn
 
 from mpgraph.code_state import CodeState
+from mpgraph.frozen import (
+    MISSING,
+    attribute_names,
+    has_attributes,
+    is_all_in_table,
+    parts,
+    stored,
+    table_of,
+)
 from mpgraph.plain import MODULE_STATE, PLAIN, global_hooks
 
 # How far into plain objects one looks: a config, and the configs inside it; a cache of caches.
@@ -61,16 +70,18 @@ class Held:
 
 
 def snapshot(container: Any) -> Any:
-    """A plain copy of a list, dict or set.
+    """A plain copy of a list, deque, dict or set, or of what an object has in slots.
 
     Of a subclass no method is called: transformers' ``ACT2FN`` makes a module of every value that
     is looked up.
     """
     if isinstance(container, dict):
-        return dict(dict.items(container))
+        return dict(parts(container))
     if isinstance(container, set):
         return set(set.__iter__(container))
-    return list(list.__iter__(container))
+    if isinstance(container, (list, collections.deque)):
+        return [item for _, item in parts(container)]
+    return {name: stored(container, name) for name in attribute_names(container)}
 
 
 def put_back(container: Any, before: Any) -> None:
@@ -85,8 +96,17 @@ def put_back(container: Any, before: Any) -> None:
     elif isinstance(container, set):
         set.clear(container)
         set.update(container, before)
-    else:
+    elif isinstance(container, list):
         list.__setitem__(container, slice(None), before)
+    elif isinstance(container, collections.deque):
+        collections.deque.clear(container)
+        collections.deque.extend(container, before)
+    else:
+        for name, value in before.items():
+            if value is not MISSING:
+                object.__setattr__(container, name, value)
+            elif stored(container, name) is not MISSING:
+                object.__delattr__(container, name)
 
 
 def _is_same(now: Any, before: Any) -> bool:
@@ -123,6 +143,15 @@ def held_by_code(code: CodeState) -> list[Held]:
 def held_in(values: Iterable[object]) -> list[Held]:
     """What the caller's arguments hold: they themselves, and what is inside them."""
     return _held_in((("", value) for value in values), _DEPTH_OF_ARGUMENTS)
+
+
+def held_at(path: str, value: Any) -> Iterator[Held]:
+    """What may change in one value: its items if it is a container, and its attributes."""
+    if isinstance(value, (list, dict, set, collections.deque)):
+        yield Held(path, value, snapshot(value))
+    if has_attributes(value):
+        container = table_of(value) if is_all_in_table(value) else value
+        yield Held(path, container, snapshot(container))
 
 
 def held_in_places(places: Iterable[tuple[str, object]]) -> list[Held]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import sysconfig
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +19,7 @@ from torch import nn
 
 from mpgraph.code_state import names_in
 from mpgraph.module import MixedPrecision, state_of
-from mpgraph.places import is_foreign, is_users
+from mpgraph.places import is_foreign, is_own_file
 from mpgraph.plain import MODULE_STATE, PLAIN, STATE
 
 # How far into containers and objects one looks.
@@ -181,14 +180,11 @@ def _file(function: types.FunctionType) -> str:
 
 def _is_library(function: types.FunctionType) -> bool:
     """Whether it is none of the user's own: what libraries name goes too far to look after."""
-    return is_foreign(_file(function)) or _file(function).startswith(_LIBRARIES)
+    return not is_own_file(_file(function))
 
 
 def _is_library_module(value: Any) -> bool:
     if not isinstance(value, types.ModuleType):
         return False
     file = getattr(value, "__file__", None) or "<builtin>"
-    return not is_users(file) or file.startswith(_LIBRARIES)
-
-
-_LIBRARIES = tuple(f"{sysconfig.get_path(name)}/" for name in ("stdlib", "purelib", "platlib"))
+    return file.startswith("<") or not is_own_file(file)

@@ -1,0 +1,148 @@
+"""The attributes that graphs were captured with: whether all of them are what they were."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpgraph.frozen import (
+    EVERY,
+    MISSING,
+    Names,
+    attribute_names,
+    freeze,
+    has_attributes,
+    is_all_in_table,
+    is_container,
+    is_heap_type,
+    is_settled,
+    stored,
+    table_of,
+)
+from mpgraph.plain import BOOKKEEPING, MODULE_STATE
+
+_Table = Mapping[str, Any]
+
+
+class ReadGuard:
+    """What forward has read, over one or more captures, and its values.
+
+    Asked at every call, so most of the answer is whether each place holds the same object still.
+    What can change by itself (a list, a closure) is compared by its content.
+    """
+
+    def __init__(self) -> None:
+        self._roots: dict[int, tuple[nn.Module, Names]] = {}
+        self._frozen: list[Any] = []
+        self._build()
+
+    def add(self, reads: Mapping[int, tuple[nn.Module, Names]]) -> None:
+        """Hold for these reads too, with the values that they have now."""
+        for key, (module, names) in reads.items():
+            _merge(self._roots.setdefault(key, (module, {}))[1], names)
+        self._build()
+        self._frozen = self._freeze()
+
+    def holds(self) -> bool:
+        """Whether every value is what it was when it was added."""
+        values = [table.get(name, MISSING) for table, name in self._places]
+        if (
+            all(map(operator.is_, values, self._values))
+            and all(tensor_kind(t.get(n)) == kind for t, n, kind in self._tensors)
+            and all(freeze(t.get(n, MISSING), sub) == then for t, n, sub, then in self._others)
+            and all(attribute_names(owner) == then for owner, then in self._tables)
+        ):
+            return True
+        # Something else is in a place: an equal one, perhaps.
+        if self._freeze() != self._frozen:
+            return False
+        self._build()
+        return True
+
+    def _freeze(self) -> list[Any]:
+        return [
+            (name, _of_root(module, name, names.get(name, {})))
+            for module, names in self._roots.values()
+            for name in _read(module, names)
+        ]
+
+    def _build(self) -> None:
+        """Where to look, from what is there now."""
+        self._places: list[tuple[_Table, str]] = []
+        self._tensors: list[tuple[_Table, str, Any]] = []
+        self._others: list[tuple[_Table, str, Names, Any]] = []
+        self._tables: list[tuple[Any, list[str]]] = []
+        for module, names in self._roots.values():
+            self._add(module, names)
+        self._values = [table.get(name, MISSING) for table, name in self._places]
+
+    def _add(self, owner: Any, names: Names) -> None:
+        table = table_of(owner)
+        assert table is not None
+        if EVERY in names:
+            self._tables.append((owner, attribute_names(owner)))
+        for name in _read(owner, names):
+            if name not in table:
+                self._places.append((table, name))
+            holder = table if name in table else _class_with(owner, name)
+            if holder is not None:
+                self._add_value(owner, holder, name, names.get(name, {}))
+
+    def _add_value(self, owner: Any, table: _Table, name: str, names: Names) -> None:
+        value = table[name]
+        if isinstance(owner, nn.Module) and isinstance(value, torch.Tensor):
+            self._tensors.append((table, name, tensor_kind(value)))
+        elif is_settled(value) or _is_entered(value):
+            self._places.append((table, name))
+            if names and _is_entered(value):
+                self._add(value, names)
+        else:
+            self._others.append((table, name, names, freeze(value, names)))
+
+
+def tensor_kind(value: Any) -> Any:
+    """What a graph is specialised to of a tensor that is looked up at every call."""
+    if not isinstance(value, torch.Tensor):
+        return value is None
+    return value.dtype, value.shape, value.device, value.requires_grad
+
+
+def _is_entered(value: Any) -> bool:
+    """Whether it is an object all of whose attributes stand in its table."""
+    return (
+        has_attributes(value)
+        and not is_container(value)
+        and is_heap_type(type(value))
+        and is_all_in_table(value)
+    )
+
+
+def _of_root(module: nn.Module, name: str, names: Names) -> Any:
+    value = stored(module, name)
+    return tensor_kind(value) if isinstance(value, torch.Tensor) else freeze(value, names)
+
+
+def _read(owner: Any, names: Names) -> Iterator[str]:
+    """The names of what was read, or may have been."""
+    found = {name: None for name in names if isinstance(name, str) and name != EVERY}
+    if EVERY in names:
+        known = MODULE_STATE | BOOKKEEPING if isinstance(owner, nn.Module) else ()
+        found |= {name: None for name in attribute_names(owner) if name not in known}
+    return iter(found)
+
+
+def _class_with(owner: Any, name: str) -> _Table | None:
+    """The attributes of the user's class that has one of this name."""
+    for cls in type(owner).__mro__:
+        if name in vars(cls):
+            return None if cls.__module__.startswith("torch.") else vars(cls)
+    return None
+
+
+def _merge(into: Names, names: Names) -> None:
+    for step, inner in names.items():
+        _merge(into.setdefault(step, {}), inner)
