@@ -255,7 +255,7 @@ class State:
         entries = self._by_key.get(self._key(model, leaves, spec), [])
         entry = self._capture(model, leaves, spec, entries)
         if entry.engine == "export":
-            tree.note_reads(entry.captured.reads)
+            tree.reads.note(entry.captured.reads)
             self.moves |= entry.captured.moves
         # Anew, because a first call may have set something up, such as hooks.
         key = self._key(model, leaves, spec, guarded=entry.engine == "dynamo")

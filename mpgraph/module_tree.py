@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,11 +15,8 @@ from mpgraph.code_state import CodeState
 from mpgraph.errors import PrecisionError
 from mpgraph.frozen import freeze
 from mpgraph.plain import GLOBAL_HOOKS, tables_of
-from mpgraph.read_guard import ReadGuard, tensor_kind
+from mpgraph.read_guard import ReadVersions, tensor_kind
 from mpgraph.structure import Opaque
-
-if TYPE_CHECKING:
-    from mpgraph.capture.attribute_reads import Reads
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HALVES = frozenset({torch.bfloat16, torch.float16})
@@ -58,7 +55,7 @@ class ModuleTree:
         self._tensor_kinds: list[Any] = []
         self._numbers: dict[Any, int] = {}
         self._number = -1
-        self._guards, self._guard = [ReadGuard()], 0
+        self.reads = ReadVersions()
 
     def is_current(self, model: nn.Module) -> bool:
         """Whether this is the tree of ``model`` still: nothing in it has come, gone or changed."""
@@ -124,20 +121,7 @@ class ModuleTree:
             sizes = tuple(map(len, self._hooks))
             key = tuple(map(freeze, named)), tuple(map(Opaque, hooks)), sizes, tuple(kinds)
             self._number = self._numbers.setdefault(key, len(self._numbers))
-        return self._number, self._guard_now()
-
-    def note_reads(self, reads: Reads) -> None:
-        """The graph just captured has read these attributes."""
-        # What it was captured with may differ from before: forward may set a default.
-        self._guards[self._guard_now()].add(reads)
-
-    def _guard_now(self) -> int:
-        if not self._guards[self._guard].holds():
-            holding = (i for i, guard in enumerate(self._guards) if guard.holds())
-            self._guard = next(holding, len(self._guards))
-            if self._guard == len(self._guards):
-                self._guards.append(ReadGuard())
-        return self._guard
+        return self._number, self.reads.number()
 
     def _named(self) -> list[Any]:
         """What the code of the classes names."""

@@ -452,6 +452,7 @@ class TrainStep:
                 self.model, self.loss_fn, parameters, leaves, batch[0], self.accumulation_steps,
                 zeros, [varying(pattern) for pattern, *_ in batch[1]],
             )  # fmt: skip
+            self._reads.attributes.note(self._gradients[batch].reads)
         return self._gradients[batch]
 
     def _traced_update(self, key: Any, gradients: Gradients) -> Update | None:
