@@ -373,8 +373,6 @@ class TrainStep:
 
     def _key(self, leaves: list[Any], spec: Spec, patterns: Sequence[Pattern]) -> Any:
         tree = self._state.tree(self.model)
-        if not self._state.settings.precision.pure:
-            tree.check_dtypes()
         held = self._held_now(tree.parameters())
         hooks = tuple([id(hook) for table in _hook_tables(self.model) for hook in table.values()])
         kinds = [
