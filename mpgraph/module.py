@@ -243,8 +243,8 @@ class State:
 
     def _find_or_capture(self, model: nn.Module, leaves: list[Any], spec: Spec) -> Any:
         tree = self.tree(model)
-        if not self.settings.precision.pure:
-            tree.check_dtypes()
+        if self._is_carried_by_dynamo(model):
+            tree.check_dtypes()  # the key leaves it to Dynamo to see what has changed
         entry = self._captured(model, leaves, spec)
         if entry is not None:
             return entry
@@ -255,7 +255,7 @@ class State:
         entries = self._by_key.get(self._key(model, leaves, spec), [])
         entry = self._capture(model, leaves, spec, entries)
         if entry.engine == "export":
-            tree.note_reads(entry.captured.reads)
+            tree.reads.note(entry.captured.reads)
             self.moves |= entry.captured.moves
         # Anew, because a first call may have set something up, such as hooks.
         key = self._key(model, leaves, spec, guarded=entry.engine == "dynamo")
@@ -267,7 +267,7 @@ class State:
         if self._tree is None or not self._tree.is_current(model):
             self._by_key.clear()
             self.dynamo = None
-            self._tree = ModuleTree(model)
+            self._tree = ModuleTree(model, has_masters=not self.settings.precision.pure)
         if self.dynamo is not None and self.dynamo.hooks != global_hooks():
             self._forget_dynamo()
         return self._tree

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,15 +16,13 @@ from mpgraph.code_state import CodeState
 from mpgraph.errors import PrecisionError
 from mpgraph.frozen import freeze
 from mpgraph.plain import GLOBAL_HOOKS, tables_of
-from mpgraph.read_guard import ReadGuard, tensor_kind
+from mpgraph.read_guard import ReadVersions, tensor_kind
 from mpgraph.structure import Opaque
-
-if TYPE_CHECKING:
-    from mpgraph.capture.attribute_reads import Reads
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HALVES = frozenset({torch.bfloat16, torch.float16})
 _VALUES = operator.methodcaller("values")
+_CHAIN = itertools.chain.from_iterable
 _NOT_OWN: tuple[dict[str, Any], str, int] = {}, "", -1
 
 
@@ -32,13 +31,17 @@ class ModuleTree:
 
     A graph has what forward read at capture written into it: a dropout rate, a layer to skip, a
     field of a config. When the user changes one, the graph no longer holds.
+
+    Args:
+        model: The root.
+        has_masters: Its parameters are to stay what they are: in 16 bit, updates would be lost.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, has_masters: bool = False) -> None:
+        self._has_masters = has_masters
         self.modules = list(model.modules())
         tables = {m: tables_of(m) for m in self.modules}
         self._child_tables = [tables[m].modules for m in self.modules]
-        self._children = self._child_lists()
         self._parameters = [
             (tables[m].parameters, name, path)
             for path, m in model.named_modules()
@@ -47,7 +50,7 @@ class ModuleTree:
         self._state = [
             table for m in self.modules for table in (tables[m].parameters, tables[m].buffers)
         ]
-        self._present, self._entries = self._presence(), self._entries_now()
+        self._children, self._entries = self._children_now(), self._entries_now()
         self._ties = list(_ties(self._state))
         self.note_tensors()
         # The root's own hooks run around the graph, not in it.
@@ -58,29 +61,29 @@ class ModuleTree:
         self._tensor_kinds: list[Any] = []
         self._numbers: dict[Any, int] = {}
         self._number = -1
-        self._guards, self._guard = [ReadGuard()], 0
+        self.reads = ReadVersions()
 
     def is_current(self, model: nn.Module) -> bool:
         """Whether this is the tree of ``model`` still: nothing in it has come, gone or changed."""
-        if model is not self.modules[0] or self._child_lists() != self._children:
-            return False
-        entries = self._entries_now()
-        if entries != self._entries:
-            if self._presence() != self._present:
-                return False
-            self._entries = entries
-        return all(table.get(name) is other.get(alias) for table, name, other, alias in self._ties)
+        return (
+            model is self.modules[0]
+            and self._children_now() == self._children
+            and self._entries_now() == self._entries
+            and all(table.get(name) is other.get(alias) for table, name, other, alias in self._ties)
+        )
 
-    def _child_lists(self) -> list[list[Any]]:
-        return [*map(list, map(_VALUES, self._child_tables))]
+    # Every call asks for these: no loop of Python's.
+    def _children_now(self) -> tuple[list[int], list[Any]]:
+        tables = self._child_tables
+        return [*map(len, tables)], [*_CHAIN(map(_VALUES, filter(None, tables)))]
 
-    def _entries_now(self) -> tuple[list[Any], list[bool]]:
-        """What presence follows from, at a tenth of its time: every call asks."""
-        nones = [value is None for table in self._state if table for value in table.values()]
-        return [*map(tuple, self._state)], nones
+    def _entries_now(self) -> tuple[list[int], list[str], list[bool]]:
+        """The names of parameters and buffers, and which of them are None."""
+        absent = map(operator.is_, self._tensors(), itertools.repeat(None))
+        return [*map(len, self._state)], [*_CHAIN(filter(None, self._state))], [*absent]
 
-    def _presence(self) -> list[list[str]]:
-        return [[n for n, v in table.items() if v is not None] for table in self._state]
+    def _tensors(self) -> list[Any]:
+        return [*_CHAIN(map(_VALUES, filter(None, self._state)))]
 
     def note_tensors(self) -> None:
         """Note which parameters and buffers there are now."""
@@ -115,29 +118,20 @@ class ModuleTree:
 
         One is for hooks, the kinds of parameters and buffers, class attributes and globals, the
         other for the attributes that forward was seen to read.
+
+        Raises:
+            PrecisionError: A parameter has lost its float32 master.
         """
         named, hooks, kinds = self._named(), self._hooks_now(), self._kinds()
         objects = [*named, *hooks]
         same = len(objects) == len(self._objects) and all(map(operator.is_, objects, self._objects))
         if not same or kinds != self._tensor_kinds:
+            self.check_dtypes()
             self._objects, self._tensor_kinds = objects, kinds
             sizes = tuple(map(len, self._hooks))
             key = tuple(map(freeze, named)), tuple(map(Opaque, hooks)), sizes, tuple(kinds)
             self._number = self._numbers.setdefault(key, len(self._numbers))
-        return self._number, self._guard_now()
-
-    def note_reads(self, reads: Reads) -> None:
-        """The graph just captured has read these attributes."""
-        # What it was captured with may differ from before: forward may set a default.
-        self._guards[self._guard_now()].add(reads)
-
-    def _guard_now(self) -> int:
-        if not self._guards[self._guard].holds():
-            holding = (i for i, guard in enumerate(self._guards) if guard.holds())
-            self._guard = next(holding, len(self._guards))
-            if self._guard == len(self._guards):
-                self._guards.append(ReadGuard())
-        return self._guard
+        return self._number, self.reads.number()
 
     def _named(self) -> list[Any]:
         """What the code of the classes names."""
@@ -150,11 +144,11 @@ class ModuleTree:
         self._class_sizes = [*map(len, self.code.tables)]
 
     def _hooks_now(self) -> list[Any]:
-        return [hook for table in self._hooks if table for hook in table.values()]
+        return [*_CHAIN(map(_VALUES, filter(None, self._hooks)))]
 
     def _kinds(self) -> list[Any]:
         """What graphs are specialised to of parameters and buffers."""
-        tensors = [tensor for table in self._state if table for tensor in table.values()]
+        tensors = self._tensors()
         try:
             return [None if t is None else (t.dtype, t.shape, t.requires_grad) for t in tensors]
         except RuntimeError:  # some are lazy, and have no shape yet
@@ -162,8 +156,7 @@ class ModuleTree:
 
     def check_dtypes(self) -> None:
         """Refuse parameters that lost their float32 masters after conversion."""
-        present = [p for o, name, _ in self._parameters if (p := o.get(name)) is not None]
-        if _HALVES.isdisjoint([parameter.dtype for parameter in present]):
+        if not self._has_masters:
             return
         for owner, name, path in self._parameters:
             parameter = owner.get(name)

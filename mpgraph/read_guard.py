@@ -104,6 +104,28 @@ class ReadGuard:
             self._others.append((table, name, names, freeze(value, names)))
 
 
+class ReadVersions:
+    """A number for what was read, as it is now: that of the graphs captured with the same."""
+
+    def __init__(self) -> None:
+        self._guards = [ReadGuard()]
+        self._current = 0
+
+    def number(self) -> int:
+        """The number of what is there now; a new one if nothing was captured with it."""
+        if not self._guards[self._current].holds():
+            holding = (i for i, guard in enumerate(self._guards) if guard.holds())
+            self._current = next(holding, len(self._guards))
+            if self._current == len(self._guards):
+                self._guards.append(ReadGuard())
+        return self._current
+
+    def note(self, reads: Mapping[int, tuple[nn.Module, Names]]) -> None:
+        """A graph has just been captured that has read these attributes."""
+        # What it was captured with may differ from before: forward may set a default.
+        self._guards[self.number()].add(reads)
+
+
 def tensor_kind(value: Any) -> Any:
     """What a graph is specialised to of a tensor that is looked up at every call."""
     if not isinstance(value, torch.Tensor):

@@ -474,3 +474,29 @@ def test_a_step_sees_it_too(name: str):
     for subject in (step.model, plain):
         CASES[name][2](subject)
     assert step(x) == loss_fn(plain, x)
+
+
+class Weighted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.loss = Outer(Gain())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_a_step_sees_what_its_loss_function_reads_of_modules():
+    model, teacher = Weighted(), Holds("a list in a list")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def loss_fn(model: Any, x: Tensor) -> Tensor:
+        return (model(x) - teacher(x)).square().mean() * model.loss.inner.gain
+
+    step = mpgraph.TrainStep(model, optimizer, loss_fn, precision="fp32", compile=False)
+    x = torch.randn(4, 8)
+    assert step(x) == loss_fn(model, x)
+    step.model.loss.inner.gain = 3.0
+    assert step(x) == loss_fn(model, x)
+    teacher.held[0][0] = 5.0
+    assert step(x) == loss_fn(model, x)

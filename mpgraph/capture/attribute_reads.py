@@ -69,7 +69,7 @@ class _Recorder:
         self._record = record
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._thread = threading.get_ident()
-        self._busy = self._listening = False
+        self._busy = self._listening = self._is_left = False
         self._at_start = {id(vars(m)): dict(vars(m)) for m in model.modules()}
         self._modules = {id(vars(m)): m for m in model.modules()}
         # Where an object was found: the module, and the steps from there.
@@ -77,7 +77,7 @@ class _Recorder:
         self._kept: list[Any] = []  # or an identity may come to mean another object
         self._classes: list[Any] = [nn.Module]
 
-    def start(self, _: CallbackArgs | None = None) -> None:
+    def start(self) -> None:
         """Begin to listen, or go on."""
         if not self._listening:
             self._listening = True
@@ -97,9 +97,17 @@ class _Recorder:
         It says not what it reads, and does not compile a class with a ``__getattribute__`` of its
         own.
         """
-        self.stop()
-        for module in self._model.modules():
-            self._note_every(module, module, ())
+        if self._listening:
+            self.stop()
+            self._is_left = True
+            for module in self._model.modules():
+                self._note_every(module, module, ())
+
+    def resume(self, _: CallbackArgs) -> None:
+        """Dynamo is done."""
+        if self._is_left:
+            self._is_left = False
+            self.start()
 
     def note(self, owner: Any, name: str) -> None:
         """An attribute is about to be read."""
@@ -217,10 +225,13 @@ def attribute_reads(model: nn.Module) -> Iterator[Record]:
     If it fails, what it has changed in what they hold is put back.
     """
     record = Record()
-    recorder = _Recorder(model, record)
+    recorder, outer = _Recorder(model, record), _listening[-1:]
+    for other in outer:
+        other.stop()
+    _listening.append(recorder)
     recorder.start()
     dynamo.register_start_callback(recorder.leave_to_dynamo)
-    dynamo.register_end_callback(recorder.start)
+    dynamo.register_end_callback(recorder.resume)
     try:
         yield record
     except BaseException:
@@ -230,5 +241,12 @@ def attribute_reads(model: nn.Module) -> Iterator[Record]:
         raise
     finally:
         dynamo.remove_start_callback(recorder.leave_to_dynamo)
-        dynamo.remove_end_callback(recorder.start)
+        dynamo.remove_end_callback(recorder.resume)
         recorder.stop()
+        _listening.pop()
+        for other in outer:
+            other.start()
+
+
+# One after the other: while a step is traced, the models in it are captured.
+_listening: list[_Recorder] = []

@@ -20,7 +20,8 @@ from torch import nn
 from mpgraph.code_state import names_in
 from mpgraph.module import MixedPrecision, state_of
 from mpgraph.places import is_foreign, is_own_file
-from mpgraph.plain import MODULE_STATE, PLAIN, STATE
+from mpgraph.plain import PLAIN, STATE
+from mpgraph.read_guard import ReadVersions
 
 # How far into containers and objects one looks.
 _DEPTH = 4
@@ -35,6 +36,8 @@ class LossReads:
         self._owners: list[Any] = []
         self._constants: list[Any] = []
         self.names: set[str] = set()
+        # What it was seen to read of modules while it was traced.
+        self.attributes = ReadVersions()
         self._enter(loss_fn)
 
     def items(self) -> list[tuple[str, Any]]:
@@ -62,7 +65,8 @@ class LossReads:
 
     def state(self) -> tuple[Any, ...]:
         """Something that is equal as long as all of it is what it was."""
-        return tuple([self._state_of(value, 0) for value in self.values()])
+        found = [self._state_of(value, 0) for value in self.values()]
+        return *found, self.attributes.number()
 
     def _enter(self, value: Any) -> None:
         """Note a function, or what is called like one, and the user's functions that it names."""
@@ -136,10 +140,8 @@ class LossReads:
             return id(module), tree.training(), tree.version()
         found = []
         for part in module.modules():
-            plain = [(k, v) for k, v in vars(part).items() if k not in MODULE_STATE]
-            values = tuple([(k, self._state_of(v, 1)) for k, v in plain if isinstance(v, PLAIN)])
             hooks = (part._forward_hooks, part._forward_pre_hooks)
-            found.append((part.training, values, *(tuple(map(id, h.values())) for h in hooks)))
+            found.append((part.training, *(tuple(map(id, h.values())) for h in hooks)))
         return id(module), tuple(found)
 
 

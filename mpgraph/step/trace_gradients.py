@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 
+from mpgraph.capture.attribute_reads import Reads, attribute_reads
 from mpgraph.capture.breaks import line_of_error
 from mpgraph.capture.detect import NeedsDynamo, watch_step
 from mpgraph.capture.held import held_in_places
@@ -55,6 +56,7 @@ class Gradients:
         calls: For each call of a converted model, the model and its arguments, taken apart.
         mode: The fake mode of every value in the graph.
         sizes: For which sizes of a batch it holds, where some are symbolic.
+        reads: The attributes of modules that the loss function has read by itself.
     """
 
     graph_module: fx.GraphModule
@@ -64,6 +66,7 @@ class Gradients:
     calls: list[tuple[nn.Module, list[Any], Spec]]
     mode: FakeTensorMode
     sizes: SizeGuards
+    reads: Reads
 
 
 def trace_gradients(
@@ -123,13 +126,15 @@ def trace_results(
 def _run_trace(trace: _Trace, leaves: Tensors, dynamic: Sequence[frozenset[int]]) -> Gradients:
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     reads = LossReads(trace.loss_fn, trace.model)
+    modules = nn.ModuleList([trace.model, *reads.modules()])
     with _refusing(reads), writes_taken_back(), uncompiled(trace.model), mode, _unheard():
         varying = dynamic or [frozenset[int]()] * len(leaves)
         fakes = [_fake_leaf(mode, *pair) for pair in zip(leaves, varying, strict=True)]
-        gm = _traced(trace, fakes)
+        with attribute_reads(modules) as record:
+            gm = _traced(trace, fakes)
     graph = gm.graph
     _name_results(graph, trace)
-    _lift(gm, Homes(trace.model, *reads.modules()), trace, mode)
+    _lift(gm, Homes(*modules), trace, mode)
     assert trace.result is not None
     assert trace.inside is not None
     inside = trace.inside
@@ -137,7 +142,9 @@ def _run_trace(trace: _Trace, leaves: Tensors, dynamic: Sequence[frozenset[int]]
         (e.accepts, leaves) for e, (_, leaves, _) in zip(inside.ran, inside.calls, strict=True)
     ]
     guards = SizeGuards(fakes if any(dynamic) else (), models)
-    return Gradients(gm, trace.result, inside.assigned, inside.states, inside.calls, mode, guards)
+    return Gradients(
+        gm, trace.result, inside.assigned, inside.states, inside.calls, mode, guards, record.reads
+    )
 
 
 class _Trace:

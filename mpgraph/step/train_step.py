@@ -373,8 +373,6 @@ class TrainStep:
 
     def _key(self, leaves: list[Any], spec: Spec, patterns: Sequence[Pattern]) -> Any:
         tree = self._state.tree(self.model)
-        if not self._state.settings.precision.pure:
-            tree.check_dtypes()
         held = self._held_now(tree.parameters())
         hooks = tuple([id(hook) for table in _hook_tables(self.model) for hook in table.values()])
         kinds = [
@@ -452,6 +450,7 @@ class TrainStep:
                 self.model, self.loss_fn, parameters, leaves, batch[0], self.accumulation_steps,
                 zeros, [varying(pattern) for pattern, *_ in batch[1]],
             )  # fmt: skip
+            self._reads.attributes.note(self._gradients[batch].reads)
         return self._gradients[batch]
 
     def _traced_update(self, key: Any, gradients: Gradients) -> Update | None:
