@@ -225,9 +225,10 @@ def test_numbers_become_tensors(name: str) -> None:
     pair = Pair("fp32", {**OPTIMIZERS, **OTHERS}[name])
     for index in range(3):
         pair.take(index)
-    (program,) = pair.step._programs.values()
+    captures = pair.step._captures
+    (program,) = captures.programs.values()
     other = copied(program.graph_module)
-    assert run_passes(other, (tensor_numbers,), pair.step._context(program.gradients, True))
+    assert run_passes(other, (tensor_numbers,), captures.context(program.gradients, True))
     leaves, found = list(batch(7, False)), []
     state = copy.deepcopy(pair.step.state_dict())
     for run, graph in ((program.launch.run, program.graph_module), (other.forward, other)):
@@ -288,7 +289,7 @@ def test_another_batch_shape_and_mode_is_captured_anew() -> None:
     for size in (5, 3, 5, 3):
         x, y, weight = batch(size, False)
         pair.step(x[:size], y[:size], weight)
-    assert len(pair.step._programs) == 2
+    assert len(pair.step._captures.programs) == 2
     pair.step.model.eval()
     before = pair.model.norm.running_mean.clone()
     pair.step(*batch(9, False))

@@ -391,11 +391,11 @@ def test_what_a_loss_function_does_not_read_may_change_without_a_capture() -> No
     made = Weighted()
     twins = Twins(made.method)
     twins.take()
-    captured = len(twins.step._gradients)
+    captured = len(twins.step._captures.gradients)
     for _ in range(2):
         made.calls += 1
         twins.take(1)
-    assert len(twins.step._gradients) == captured
+    assert len(twins.step._captures.gradients) == captured
 
 
 def test_functions_of_libraries_are_not_looked_into() -> None:

@@ -185,7 +185,7 @@ def _manifest(
     safe = in_place(model, {port.name: next_name(port.name) for port in train.state()})
     _, frozen = _names(graphs)
     return files.Manifest(
-        precision=step._state.settings.precision.name,
+        precision=step.settings.state.settings.precision.name,
         target=target.name,
         provider=target.provider,
         opset=target.opset,
