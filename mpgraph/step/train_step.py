@@ -32,7 +32,7 @@ from mpgraph.step.window import Window
 from mpgraph.structure import Spec, count_leaves, flatten, unflatten
 
 if TYPE_CHECKING:
-    from mpgraph.onnx.step_export import ExportedStep
+    from mpgraph.onnx.step_report import ExportedStep
 
 
 class TrainStep:

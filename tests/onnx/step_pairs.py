@@ -11,7 +11,7 @@ import torch
 
 import mpgraph
 from mpgraph.onnx.ports import Port
-from mpgraph.onnx.step_export import ExportedStep
+from mpgraph.onnx.step_report import ExportedStep
 from mpgraph.onnx.step_trace import StepGraph, trace_step
 from mpgraph.onnx.targets import target_of
 from mpgraph.runtime import OnnxTrainer
