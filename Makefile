@@ -34,7 +34,7 @@ $(VENV)/.mpgraph-zoo: $(VENV)/.mpgraph-dev
 	$(PIP_INSTALL) -q --no-deps timm
 	@touch $@
 
-demo: $(VENV)/.mpgraph-dev ## train a small GPT three ways and compare them (a few minutes)
+demo: $(VENV)/.mpgraph-dev ## train a small GPT three ways and compare them (on two CPU cores, 5 to 12 minutes)
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 test: $(VENV)/.mpgraph-dev ## run the tests (without those marked slow or zoo)

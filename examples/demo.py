@@ -40,6 +40,11 @@ LEARNING_RATE = 1e-3
 UNTIMED_STEPS = 5  # capture, allocator and thread pools settle in the first few
 WARMUP_STEPS = 20  # over which the learning rate rises from nothing
 MOST_STEPS, FEWEST_STEPS = 200, 60
+RATIO = (
+    "relative to autocast: the median of the ratios of steps taken one after the other, in which "
+    "whatever else the machine does cancels; the medians above are over all steps, so their ratio "
+    "is another number."
+)
 
 
 class CastCounter(TorchDispatchMode):
@@ -145,12 +150,16 @@ def make_loops(config: GPTConfig, device: torch.device, seed: int) -> list[Loop]
     ]
 
 
-def affordable_steps(loops: list[Loop], minutes: float) -> int:
-    """How many steps of every loop fit into so many minutes, going by the steps so far."""
+def affordable_steps(loops: list[Loop], minutes: float) -> tuple[int, float]:
+    """How many steps of every loop fit into so many minutes, going by the steps so far.
+
+    And how many minutes they take: there is a least number of steps, whatever time that is.
+    """
     rounds = [sum(seconds) for seconds in zip(*(loop.seconds for loop in loops), strict=True)]
     spent, each = sum(rounds), statistics.median(rounds[UNTIMED_STEPS:])
     fitting = len(rounds) + int((60 * minutes - spent) / each)
-    return max(FEWEST_STEPS, min(MOST_STEPS, fitting))
+    steps = max(FEWEST_STEPS, min(MOST_STEPS, fitting))
+    return steps, (spent + (steps - len(rounds)) * each) / 60
 
 
 def train(loops: list[Loop], config: GPTConfig, batch: int, options: argparse.Namespace) -> None:
@@ -179,8 +188,8 @@ def train(loops: list[Loop], config: GPTConfig, batch: int, options: argparse.Na
                 loops[(done + shift) % len(loops)].step(tokens, targets)
             losses = ", ".join(f"{loop.name.split()[0]} {loop.losses[-1]:.3f}" for loop in loops)
             if steps is None and done == UNTIMED_STEPS + 5:
-                total = affordable_steps(loops, options.minutes)
-                progress.print(f"{total} steps each, for about {options.minutes:g} minutes")
+                total, minutes = affordable_steps(loops, options.minutes)
+                progress.print(f"{total} steps each, {minutes:.1f} minutes at the pace so far")
             progress.update(bar, advance=1, losses=losses, total=total)
             if done % -(-total // 5) == 0 or done == total:
                 for loop in loops:
@@ -219,7 +228,6 @@ def result_table(loops: list[Loop]) -> Table:
     }
     for loop in loops:
         low, middle, high = quartiles(loop.timed)
-        # Steps of one round are neighbours in time: their ratio cancels the machine's moods.
         rounds = zip(loop.timed, autocast.timed, strict=True)
         ratio = statistics.median(own / other for own, other in rounds)
         cells = (
@@ -233,7 +241,12 @@ def result_table(loops: list[Loop]) -> Table:
         )
         for row, cell in zip(rows.values(), cells, strict=True):
             row.append(cell)
-    table = Table(title="Same weights, same batches, three precisions", title_justify="left")
+    table = Table(
+        title="Same weights, same batches, three precisions",
+        title_justify="left",
+        caption=RATIO,
+        caption_justify="left",
+    )
     table.add_column("")
     for loop in loops:
         table.add_column(loop.name, justify="right")
@@ -288,7 +301,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--steps", type=int, help=f"steps of each loop (as time allows, {MOST_STEPS} at most)"
     )
     parser.add_argument(
-        "--minutes", type=float, default=4.0, help="without --steps: how long (%(default)s)"
+        "--minutes",
+        type=float,
+        default=4.0,
+        help=f"without --steps: how long (%(default)s), if {FEWEST_STEPS} steps fit into it",
     )
     parser.add_argument(
         "--device",

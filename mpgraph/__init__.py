@@ -69,8 +69,8 @@ def __getattr__(name: str) -> Any:
         if error.name != "torch":
             raise
         raise ModuleNotFoundError(
-            f"mpgraph.{name} needs torch, which is not installed: pip install 'mpgraph[torch]'. "
-            "mpgraph.runtime works without it.",
+            f"mpgraph.{name} needs torch, which is not installed. Install it, or mpgraph with its "
+            "extra 'torch'. mpgraph.runtime works without it.",
             name="torch",
         ) from error
     globals()[name] = value

@@ -141,16 +141,28 @@ def argument_nodes(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def running_statistics(node: fx.Node) -> list[fx.Node]:
-    """The running mean and variance among the node's arguments, which it updates in training.
+# Of the operators with running statistics among their arguments, the kinds that only read them.
+_READS_STATISTICS = ("_functional", "_no_training", "_no_update", "_backward")
 
-    The schemas of aten::batch_norm and aten::instance_norm do not say that they are written.
-    """
+
+def running_statistics(node: fx.Node) -> list[fx.Node]:
+    """The running mean and variance among the node's arguments; see :func:`updates_statistics`."""
     if not is_operator(node):
         return []
     positions = _statistics_positions(cast(OpOverload, node.target))
     arguments = [node.args[i] for i in positions if i < len(node.args)]
     return [argument for argument in arguments if isinstance(argument, fx.Node)]
+
+
+def updates_statistics(target: OpOverload) -> bool:
+    """Whether an operator writes to running statistics in training.
+
+    Schemas do not say so: not those of aten::batch_norm and aten::instance_norm, nor those of the
+    kernels behind them.
+    """
+    name = target._schema.name
+    is_read = any(name.endswith(kind) for kind in _READS_STATISTICS)
+    return bool(_statistics_positions(target)) and not is_read
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch import fx
 from mpgraph import ir
 from mpgraph.errors import CaptureError
 from mpgraph.pipeline import graph_pass
-from mpgraph.step.joint import StepContext, append, fresh
+from mpgraph.step.joint import StepContext, append, copied_as
 from mpgraph.step.loss_head import Change, LossHead, NoLossHead, loss_heads
 
 aten = torch.ops.aten
@@ -82,7 +82,7 @@ def _put(
             value = value * factor
         # As the old one lies in memory: fused optimizers read it beside its parameter.
         value = value.view(like.shape) if value.dim() == 1 else value
-        return [value if value.stride() == like.stride() else fresh(like).copy_(value)]
+        return [value if value.stride() == like.stride() else copied_as(value, like.stride())]
 
     inputs = [new] if seed is None else [new, seed]
     (made,) = append(graph, times, inputs, "backward", before=old)

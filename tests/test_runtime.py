@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -43,8 +44,8 @@ def loss_fn(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, tor
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A folder, and the model that it was made from."""
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    """A folder, the model that it was made from, and what the export said."""
     torch.manual_seed(0)
     model = Net()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -52,12 +53,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     step = mpgraph.TrainStep(model, optimizer, loss_fn, precision="fp16", compile=False)
     folder = tmp_path_factory.mktemp("exported") / "step"
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    step.export_onnx(folder, example_inputs=_torch_batch(0))
+    said = step.export_onnx(folder, example_inputs=_torch_batch(0))
     # The export leaves everything as it was.
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not optimizer.state
     assert model.training
-    return folder, step.model
+    return folder, step.model, said
 
 
 def _torch_batch(index: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,6 +76,18 @@ def batch(index: int, size: int = 8) -> dict[str, Any]:
 def _is_same(a: OnnxTrainer, b: OnnxTrainer) -> bool:
     one, other = a.state_dict(), b.state_dict()
     return all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_the_export_says_what_it_wrote(exported: Any) -> None:
+    """The folder, every file with its size, and how far onnxruntime is from torch."""
+    folder, _, said = exported
+    title, *rows = str(said).splitlines()
+    assert title == f"{folder} · fp16 · for cpu, opset 18"
+    assert {row.split()[0] for row in rows} == {*(p.name for p in folder.iterdir()), "check"}
+    size = (folder / "state.safetensors").stat().st_size
+    assert f"{size / 1000:.1f} kB" in next(row for row in rows if "state.safetensors" in row)
+    assert rows[-1].endswith(f"onnxruntime is within {said.error:.1e} of the step in torch")
+    assert len(repr(said)) < len(str(folder)) + 100
 
 
 def test_it_trains_and_reports(exported: Any) -> None:
@@ -121,7 +134,7 @@ def test_frozen_parameters_are_apart_from_the_state(exported: Any) -> None:
 
 def test_evaluation_and_prediction_equal_those_of_torch(exported: Any) -> None:
     """In evaluation mode: from the state, as it is after some steps."""
-    folder, model = exported
+    folder, model, _ = exported
     trainer = OnnxTrainer(folder, verify=False)
     for index in range(3):
         trainer.step(**batch(index))
@@ -303,7 +316,7 @@ def test_training_needs_no_torch(exported: Any, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "(8, 3) 3" in done.stdout
-    assert "pip install 'mpgraph[torch]'" in done.stdout
+    assert "mpgraph with its extra 'torch'" in done.stdout
 
 
 def test_the_command_trains_and_goes_on(
@@ -328,6 +341,24 @@ def test_the_command_trains_and_goes_on(
     np.savez(tmp_path / "other.npz", x=x.numpy())
     assert main(["finetune", str(exported[0]), "--data", str(tmp_path / "other.npz")]) == 1
     assert "also needs y" in capsys.readouterr().err
+
+
+def test_the_command_says_which_loss_is_which(
+    exported: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That of training, as a mean, and that of the evaluation after it."""
+    from mpgraph.cli import main
+
+    x, y = _torch_batch(3, 64)
+    data = str(tmp_path / "data.npz")
+    np.savez(data, x=x.numpy(), y=y.numpy())
+    call = ["finetune", str(exported[0]), "--data", data, "--eval-data", data]
+    assert main([*call, "--batch-size", "16"]) == 0
+    assert re.fullmatch(
+        r"epoch 1: training loss \d\.\d{4} \(mean of 4 steps, 0 skipped\), "
+        r"evaluation loss \d\.\d{4}, evaluation accuracy \d\.\d{4}",
+        capsys.readouterr().out.splitlines()[-1],
+    )
 
 
 def test_the_command_verifies_a_folder(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -14,59 +13,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import mpgraph
+from tests.twins import Twins, assert_same
 from tests.zoo.check import build, seed_everything
 from tests.zoo.registry import Case, all_cases, call
 
 STEPS = 3
-
-
-class Twins:
-    """A step, and the loop that it replaces, from the same weights."""
-
-    def __init__(
-        self, case: Case, precision: str, make: Callable[[Any], Any], compile: bool = False
-    ) -> None:
-        self.case, model = case, build(case)
-        self.loop = mpgraph.convert(copy.deepcopy(model), precision)
-        self.optimizers = make(model.parameters()), make(self.loop.parameters())
-        if precision == "fp16":
-            mpgraph.guard(self.optimizers[1], self.loop)
-        self.step = mpgraph.TrainStep(
-            model, self.optimizers[0], self.loss, precision=precision, compile=compile
-        )
-
-    def loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The model's own loss, if it has one."""
-        return self.case.loss(model(*args, **kwargs))
-
-    def take(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """One step of both, on the same batch and random numbers; the two losses."""
-        batch = self.case.second_batch if index == STEPS - 1 else None
-        losses = []
-        for train in (self.step, self._loop_step):
-            seed_everything(index)
-            given = self.case.inputs(batch or self.case.batch)
-            losses.append(train(*given.args, **given.kwargs))
-        return losses[0], losses[1]
-
-    def _loop_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = self.loss(self.loop, *args, **kwargs)
-        loss.backward()
-        self.optimizers[1].step()
-        self.optimizers[1].zero_grad()
-        return loss.detach()
-
-    def states(self) -> list[dict[str, torch.Tensor]]:
-        """Everything that a step writes, of both."""
-        models = self.step.model, self.loop
-        return [_tensors(*pair) for pair in zip(models, self.optimizers, strict=True)]
-
-
-def _tensors(model: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
-    moments = optimizer.state_dict()["state"]
-    found = {f"{i}.{name}": v for i, one in moments.items() for name, v in one.items()}
-    found |= model.state_dict()
-    return {name: v for name, v in found.items() if isinstance(v, torch.Tensor)}
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -74,14 +25,32 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, foreach=False)
 
 
-def hold_bitwise(twins: Twins) -> None:
-    for index in range(STEPS):
-        got, want = twins.take(index)
-        assert torch.equal(got, want)
-        a, b = twins.states()
-        assert a.keys() == b.keys()
-        for name, value in a.items():
-            torch.testing.assert_close(value, b[name], rtol=0, atol=0, equal_nan=True, msg=name)
+class ZooTwins(Twins):
+    """Twins of a model of the zoo, on its own batches and loss."""
+
+    def __init__(self, case: Case, precision: str = "bf16", compile: bool = False) -> None:
+        self.case = case
+        super().__init__(
+            self.own_loss, precision, lambda: build(case), sgd, policy="default", compile=compile
+        )
+        self.equal_nan = True
+
+    def own_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The model's own loss, if it has one."""
+        return self.case.loss(model(*args, **kwargs))
+
+    def take_next(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step of both; the last is on a batch of another size, where there is one."""
+        other = self.case.second_batch if self.calls == STEPS - 1 else None
+        seed_everything(self.calls)
+        given = self.case.inputs(other or self.case.batch)
+        return self.take(*given.args, **given.kwargs)
+
+    def hold_bitwise(self) -> None:
+        """They agree at every step."""
+        for _ in range(STEPS):
+            assert_same(*self.take_next(), equal_nan=True)
+            self.compare()
 
 
 class Teacher(nn.Module):
@@ -108,9 +77,9 @@ def _teacher(**options: Any) -> Case:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_blocks_without_gradients_are_as_in_the_loop(precision: str) -> None:
     """What is computed in one gets none; what is computed with gradients inside of it does."""
-    twins = Twins(_teacher(), precision, sgd)
+    twins = ZooTwins(_teacher(), precision)
     before = {name: p.clone() for name, p in twins.step.model.named_parameters()}
-    hold_bitwise(twins)
+    twins.hold_bitwise()
     after = dict(twins.step.model.named_parameters())
     changed = {name.partition(".")[0] for name in before if (before[name] != after[name]).any()}
     assert changed == {"student", "inner"}
@@ -133,8 +102,8 @@ def test_modes_of_the_user_act_on_a_captured_step() -> None:
 
     case = Case("swapped", lambda: Net(6, 4), lambda n: call(torch.randn(n, 6)), loss=lambda y: y)
     with Swapped():
-        twins = Twins(case, "bf16", sgd)
-        hold_bitwise(twins)
+        twins = ZooTwins(case)
+        twins.hold_bitwise()
     assert not any("tanh" in node.operator for node in twins.step.explain().nodes)
 
 
@@ -178,14 +147,14 @@ def _zoo(names: Iterable[str]) -> Iterator[Any]:
 @pytest.mark.parametrize("name", [*_zoo(CARRIED)])
 def test_a_model_of_the_zoo_trains_as_in_the_loop(name: str) -> None:
     """In eager mode, and bit for bit: losses, parameters, statistics, momenta."""
-    hold_bitwise(Twins(all_cases()[name], "bf16", sgd))
+    ZooTwins(all_cases()[name]).hold_bitwise()
 
 
 @pytest.mark.parametrize("name", [*_zoo(REFUSED)])
 def test_a_model_of_several_graphs_is_refused(name: str) -> None:
-    twins = Twins(all_cases()[name], "bf16", sgd)
+    twins = ZooTwins(all_cases()[name])
     with pytest.raises(mpgraph.CaptureError, match=f"{REFUSED[name]}.*mpgraph.guard"):
-        twins.take(0)
+        twins.take_next()
 
 
 @pytest.mark.zoo
@@ -195,10 +164,8 @@ def test_a_model_of_several_graphs_is_refused(name: str) -> None:
 def test_a_model_of_the_zoo_trains_compiled(name: str, precision: str) -> None:
     """Within the tolerances of test_train_step.py."""
     with torch._inductor.config.patch(fallback_random=True):
-        twins = Twins(all_cases()[name], precision, sgd, compile=True)
-        for index in range(STEPS):
-            twins.take(index)
+        twins = ZooTwins(all_cases()[name], precision, compile=True)
+        for _ in range(STEPS):
+            twins.take_next()
     tolerance = {"fp32": 1e-4, "fp16": 1e-2}[precision]
-    ours, theirs = twins.states()
-    for key, value in ours.items():
-        torch.testing.assert_close(value, theirs[key], rtol=tolerance, atol=tolerance, msg=key)
+    twins.compare(rtol=tolerance, atol=tolerance)

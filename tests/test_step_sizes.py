@@ -58,7 +58,7 @@ def test_from_the_third_size_on_nothing_is_compiled() -> None:
     model = Tokens()
     data = batches((3, 5), (3, 5), (4, 6), (7, 2), (2, 9), (3, 5))
     step, losses = train(model, data)
-    assert len(step._gradients) == len(step._programs) == 2
+    assert len(step._captures.gradients) == len(step._captures.programs) == 2
     _, expected = train(model, data, compile=False)
     assert losses == pytest.approx(expected, rel=2e-3)
 
@@ -67,7 +67,7 @@ def test_a_size_that_decides_what_the_model_does_is_seen() -> None:
     model = Decides()
     data = batches((3, 5), (3, 5), (4, 5), (12, 5), (6, 5))
     step, losses = train(model, data)
-    assert len(step._gradients) == 3  # 3; symbolic up to 8; and 12
+    assert len(step._captures.gradients) == 3  # 3; symbolic up to 8; and 12
     _, expected = train(model, data, compile=False)
     assert losses == pytest.approx(expected, rel=2e-3)
 

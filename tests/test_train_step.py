@@ -19,6 +19,7 @@ from mpgraph.pipeline import run_passes
 from mpgraph.step.assemble import copied
 from mpgraph.step.program import Numbers
 from mpgraph.step.slots import step_slots
+from tests.twins import Twins, adamw, assert_same
 
 OVERFLOWS = (4, 5, 9)
 
@@ -55,97 +56,52 @@ def scheduled(optimizer: Any) -> Any:
     return torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.7)
 
 
-def adamw(parameters: Any) -> torch.optim.Optimizer:
-    """Without kernels that compute in another order."""
-    return torch.optim.AdamW(parameters, lr=1e-2, foreach=False)
+def twins_of(
+    precision: str,
+    make: Callable[[Any], torch.optim.Optimizer] = adamw,
+    size: int = 1,
+    norm: float | None = 1.0,
+    compile: bool = False,
+) -> Twins:
+    """Twins of the network above, with a learning rate that changes."""
+    return Twins(
+        loss_fn, precision, Net, make, schedule=scheduled, norm=norm, size=size, compile=compile
+    )
 
 
-class Pair:
-    """A step and the loop that it replaces, from the same weights."""
-
-    def __init__(
-        self,
-        precision: str,
-        make: Callable[[Any], torch.optim.Optimizer] = adamw,
-        batches: int = 1,
-        norm: float | None = 1.0,
-        compile: bool | str = False,
-        model: Callable[[], nn.Module] = Net,
-    ) -> None:
-        torch.manual_seed(0)
-        first = model()
-        self.model, second = first, copy.deepcopy(first)
-        self.precision, self.batches, self.norm = precision, batches, norm
-        self.optimizer = make(first.parameters())
-        self.step = mpgraph.TrainStep(
-            first, self.optimizer, loss_fn, precision=precision, policy="autocast-cpu",
-            max_grad_norm=norm, accumulation_steps=batches, compile=compile,
-        )  # fmt: skip
-        self.loop = mpgraph.convert(second, precision, policy="autocast-cpu")
-        self.other = make(second.parameters())
-        if precision == "fp16":
-            mpgraph.guard(self.other, self.loop, max_grad_norm=norm)
-        self.schedulers = [scheduled(o) for o in (self.optimizer, self.other)]
-
-    def take(self, index: int) -> tuple[Any, Any]:
-        """One update of both; the losses of its batches."""
-        found: tuple[list[Any], list[Any]] = [], []
-        for part in range(self.batches):
-            overflows = self.precision == "fp16" and index in OVERFLOWS and part == 0
-            given = batch(100 * index + part, overflows)
-            torch.manual_seed(index)
-            found[0].extend(self.step(*given))
-            torch.manual_seed(index)
-            loss, scores = loss_fn(self.loop, *given)
-            (loss / self.batches if self.batches > 1 else loss).backward()
-            found[1].extend((loss.detach(), scores.detach()))
-        if self.precision != "fp16" and self.norm:
-            nn.utils.clip_grad_norm_(self.loop.parameters(), self.norm)
-        self.other.step()
-        self.other.zero_grad()
-        for scheduler in self.schedulers:
-            scheduler.step()
-        return found
-
-    def states(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Everything that a step writes, of both."""
-        sides = (self.model, self.optimizer), (self.loop, self.other)
-        return tuple(
-            [*model.state_dict().values(), *_tensors(optimizer.state_dict()["state"])]
-            for model, optimizer in sides
-        )  # type: ignore[return-value]
+def update(twins: Twins, index: int) -> list[tuple[Any, Any]]:
+    """One update of both, which overflows where it is to; what each batch returned."""
+    found = []
+    for part in range(twins.size):
+        overflows = twins.is_guarded and index in OVERFLOWS and part == 0
+        found.append(twins.take(*batch(100 * index + part, overflows)))
+    return found
 
 
-def _tensors(state: Any) -> list[torch.Tensor]:
-    return [v for one in state.values() for v in one.values() if isinstance(v, torch.Tensor)]
-
-
-@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_equals_the_loop_bit_for_bit(precision: str, batches: int) -> None:
+def test_equals_the_loop_bit_for_bit(precision: str, size: int) -> None:
     """Losses, outputs, parameters, statistics, moments, skips, scale: over overflows, clipped."""
-    pair = Pair(precision, batches=batches)
+    twins = twins_of(precision, size=size)
     for index in range(12):
-        for a, b in zip(*pair.take(index), strict=True):
-            assert torch.equal(a, b)
-        for a, b in zip(*pair.states(), strict=True):
-            assert torch.equal(a, b)
+        for got, want in update(twins, index):
+            assert_same(got, want)
+        twins.compare()
         if precision == "fp16":
-            assert bool(pair.step.last_step_skipped) is (index in OVERFLOWS)
-            scales = [state_of(m).scale.value for m in (pair.step.model, pair.loop)]
+            assert bool(twins.step.last_step_skipped) is (index in OVERFLOWS)
+            scales = [state_of(model).scale.value for model in twins.models]
             assert scales[0].scale == scales[1].scale
             assert scales[0].growth_tracker == scales[1].growth_tracker
-    assert all(p.grad is None for p in pair.model.parameters())
+    assert all(p.grad is None for p in twins.step.model.parameters())
 
 
 def test_overflows_before_the_first_update_lower_the_scale_each_time() -> None:
     """The optimizer has no state until a step is taken, so each of them is a first step."""
-    pair = Pair("fp16")
+    twins = twins_of("fp16")
     for index in (*OVERFLOWS, 0, 1):
-        pair.take(index)
-        for a, b in zip(*pair.states(), strict=True):
-            assert torch.equal(a, b)
-        ours, theirs = (state_of(m).scale.value.scale for m in (pair.step.model, pair.loop))
+        update(twins, index)
+        twins.compare()
+        ours, theirs = (state_of(model).scale.value.scale for model in twins.models)
         assert ours == theirs
     assert ours == 2.0**16 / 2 ** len(OVERFLOWS)
 
@@ -195,21 +151,19 @@ OPTIMIZERS: dict[str, Callable[[Any], optim.Optimizer]] = {
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_traces_the_update_of_any_optimizer(name: str) -> None:
     """The optimizer's own arithmetic, skipped steps included, bit for bit."""
-    pair = Pair("fp16", OPTIMIZERS[name])
+    twins = twins_of("fp16", OPTIMIZERS[name])
     for index in range(7):
-        pair.take(index)
-        for a, b in zip(*pair.states(), strict=True):
-            assert torch.equal(a, b)
-    assert pair.step.explain().count("update") > 0
+        update(twins, index)
+        twins.compare()
+    assert twins.step.explain().count("update") > 0
 
 
 def test_radam_takes_the_path_without_branches() -> None:
     """Its branch on the step number is a choice in the graph: float32 instead of Python floats."""
-    pair = Pair("bf16", lambda p: optim.RAdam(p, lr=0.01, foreach=False), norm=None)
+    twins = twins_of("bf16", lambda p: optim.RAdam(p, lr=0.01, foreach=False), norm=None)
     for index in range(8):
-        pair.take(index)
-    for a, b in zip(*pair.states(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        update(twins, index)
+    twins.compare(rtol=1e-3, atol=1e-4)
 
 
 OTHERS: dict[str, Callable[[Any], optim.Optimizer]] = {
@@ -222,25 +176,25 @@ OTHERS: dict[str, Callable[[Any], optim.Optimizer]] = {
 @pytest.mark.parametrize("name", [*OPTIMIZERS, *OTHERS])
 def test_numbers_become_tensors(name: str) -> None:
     """What a backend compiles computes what the graph with Python's numbers does."""
-    pair = Pair("fp32", {**OPTIMIZERS, **OTHERS}[name])
+    twins = twins_of("fp32", {**OPTIMIZERS, **OTHERS}[name])
     for index in range(3):
-        pair.take(index)
-    (program,) = pair.step._programs.values()
+        update(twins, index)
+    captures = twins.step._captures
+    (program,) = captures.programs.values()
     other = copied(program.graph_module)
-    assert run_passes(other, (tensor_numbers,), pair.step._context(program.gradients, True))
+    assert run_passes(other, (tensor_numbers,), captures.context(program.gradients, True))
     leaves, found = list(batch(7, False)), []
-    state = copy.deepcopy(pair.step.state_dict())
+    state = copy.deepcopy(twins.step.state_dict())
     for run, graph in ((program.launch.run, program.graph_module), (other.forward, other)):
-        pair.step.load_state_dict(copy.deepcopy(state))
+        twins.step.load_state_dict(copy.deepcopy(state))
         torch.manual_seed(0)
         slots = step_slots(graph.graph)
         values = [leaves[slot.index] if slot.read is None else slot.read() for slot in slots]
         with torch.no_grad():
             run(*Numbers(slots).put(values))
-        found.append([value.clone() for value in pair.states()[0]])
+        found.append({name: value.clone() for name, value in twins.states()[0].items()})
     assert not any(isinstance(n.meta.get("val"), torch.SymFloat) for n in other.graph.nodes)
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert_same(*found, rtol=1e-6, atol=1e-7)
 
 
 def test_parameter_groups_and_frozen_parameters() -> None:
@@ -251,21 +205,18 @@ def test_parameter_groups_and_frozen_parameters() -> None:
         groups = [{"params": [conv], "lr": 0.1}, {"params": head, "weight_decay": 0.1}]
         return optim.AdamW(groups, lr=0.01, foreach=False)
 
-    pair = Pair("bf16", make, norm=None)
+    twins = twins_of("bf16", make, norm=None)
     for index in range(5):
-        pair.take(index)
-        for p in pair.loop.parameters():
-            p.grad = None
-        for a, b in zip(*pair.states(), strict=True):
-            assert torch.equal(a, b)
+        update(twins, index)
+        twins.compare()
 
 
-@pytest.mark.parametrize("batches", [1, 2])
-def test_goes_on_after_loading_to_the_same_bits(batches: int) -> None:
+@pytest.mark.parametrize("size", [1, 2])
+def test_goes_on_after_loading_to_the_same_bits(size: int) -> None:
     """Through a file, in the middle of an accumulated step."""
-    first, second = (Pair("fp16", batches=batches) for _ in range(2))
+    first, second = (twins_of("fp16", size=size) for _ in range(2))
     for index in range(6):
-        first.take(index)
+        update(first, index)
     first.step(*batch(1, False))
     file = io.BytesIO()
     torch.save(first.step.state_dict(), file)
@@ -273,26 +224,25 @@ def test_goes_on_after_loading_to_the_same_bits(batches: int) -> None:
     second.step.load_state_dict(torch.load(file, weights_only=False))
     for index in range(20, 25):
         results = []
-        for pair in (first, second):
+        for twins in (first, second):
             torch.manual_seed(index)
-            results.append(pair.step(*batch(index, False)))
+            results.append(twins.step(*batch(index, False)))
         assert torch.equal(results[0][0], results[1][0])
-    for a, b in zip(first.states()[0], second.states()[0], strict=True):
-        assert torch.equal(a, b)
+    assert_same(first.states()[0], second.states()[0])
 
 
 def test_another_batch_shape_and_mode_is_captured_anew() -> None:
     """Each has its own graph, on the same parameters and state."""
-    pair = Pair("bf16")
-    pair.take(0)
+    twins = twins_of("bf16")
+    update(twins, 0)
     for size in (5, 3, 5, 3):
         x, y, weight = batch(size, False)
-        pair.step(x[:size], y[:size], weight)
-    assert len(pair.step._programs) == 2
-    pair.step.model.eval()
-    before = pair.model.norm.running_mean.clone()
-    pair.step(*batch(9, False))
-    assert torch.equal(before, pair.model.norm.running_mean)
+        twins.step(x[:size], y[:size], weight)
+    assert len(twins.step._captures.programs) == 2
+    twins.step.model.eval()
+    before = twins.step.model.norm.running_mean.clone()
+    twins.step(*batch(9, False))
+    assert torch.equal(before, twins.step.model.norm.running_mean)
 
 
 def test_a_model_that_returns_its_loss() -> None:
@@ -311,34 +261,33 @@ def test_a_model_that_returns_its_loss() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "make", "batches"),
+    ("precision", "make", "size"),
     [
         ("fp32", lambda p: optim.AdamW(p, lr=1e-2), 2),
         ("fp32", lambda p: optim.RMSprop(p, lr=1e-3, momentum=0.9), 1),
         ("fp16", lambda p: optim.SGD(p, lr=1e-2, momentum=0.9), 1),
     ],
 )
-def test_compiled(precision: str, make: Any, batches: int) -> None:
+def test_compiled(precision: str, make: Any, size: int) -> None:
     """Fused kernels after two compiled halves, or an update that is compiled too."""
     import torch._inductor.config as inductor
 
     with inductor.patch(fallback_random=True):
-        pair = Pair(precision, make, batches, compile=True)
+        twins = twins_of(precision, make, size, compile=True)
         for index in range(8):
-            pair.take(index)
+            update(twins, index)
             if precision == "fp16":
-                assert bool(pair.step.last_step_skipped) is (index in OVERFLOWS)
+                assert bool(twins.step.last_step_skipped) is (index in OVERFLOWS)
     tolerance = {"fp32": 1e-4, "fp16": 1e-2}[precision]
-    for a, b in zip(*pair.states(), strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    twins.compare(rtol=tolerance, atol=tolerance)
 
 
 def test_report_says_what_runs_where() -> None:
     """Parts, dtypes, modules and lines."""
-    pair = Pair("fp16")
-    pair.take(0)
-    pair.take(1)
-    report = pair.step.explain()
+    twins = twins_of("fp16")
+    update(twins, 0)
+    update(twins, 1)
+    report = twins.step.explain()
     parts = {node.part for node in report.nodes}
     assert parts == {"forward", "backward", "clip", "check", "update", "scale", "write"}
     found = {n.module for n in report.nodes if n.part == "backward" and "convolution" in n.operator}

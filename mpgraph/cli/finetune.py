@@ -60,7 +60,7 @@ def _epoch(trainer: Any, options: argparse.Namespace, epoch: int) -> dict[str, A
     if options.save:
         trainer.save(options.save)
     if not options.json:
-        print(f"epoch {epoch + 1}: " + ", ".join(f"{k} {_text(v)}" for k, v in found.items()))
+        print(f"epoch {epoch + 1}: {_text(found, len(losses))}")
     return found
 
 
@@ -83,7 +83,8 @@ def _arrays(path: str, trainer: Any) -> dict[str, Any]:
     return {name: arrays[name] for name in trainer.inputs}
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return "(" + ", ".join(f"{k} {v:.4f}" for k, v in value.items()) + ")"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+def _text(found: dict[str, Any], steps: int) -> str:
+    """What came of an epoch, on a line."""
+    line = f"training loss {found['loss']:.4f} (mean of {steps} steps, {found['skipped']} skipped)"
+    others = found.get("evaluation", {})
+    return line + "".join(f", evaluation {name} {value:.4f}" for name, value in others.items())

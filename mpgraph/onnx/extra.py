@@ -31,8 +31,8 @@ def library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ExportError(
-            f"ONNX needs the package {name!r}, which cannot be imported ({error}). Install the "
-            "extra: pip install 'mpgraph[onnx]'"
+            f"ONNX needs the package {name!r}, which cannot be imported ({error}). Install "
+            "mpgraph with its extra 'onnx'."
         ) from error
 
 

@@ -53,7 +53,7 @@ def evaluation(step: TrainStep, leaves: Sequence[Any], spec: Spec, dynamic: bool
     """What the loss function returns."""
     function = step.loss_fn
     if function is models_own_loss:
-        function = step._state.original_forward()
+        function = step.settings.state.original_forward()
     names = batch_names(function, spec, skip=1)
     dims = batch_dims(leaves) if dynamic else [frozenset[int]()] * len(leaves)
     return Question(step.loss_fn, names, result_names, leaves, spec, dims)
@@ -70,7 +70,7 @@ def model_results(step: TrainStep, graph: StepGraph) -> Question | None:
         frozenset(i for i, n in enumerate(leaf.shape) if isinstance(n, torch.SymInt))
         for leaf in leaves
     ]
-    names = batch_names(step._state.original_forward(), spec, skip=1)
+    names = batch_names(step.settings.state.original_forward(), spec, skip=1)
     return Question(_call, names, output_names, examples, spec, dims)
 
 
@@ -105,7 +105,7 @@ def trace_question(
     made = functional(gm)
     widen_ports(made.graph_module)
     ports = ports_of(made, question.names, 1, state)
-    context = TargetContext(**vars(step._state.context()), target=target)
+    context = TargetContext(**vars(step.settings.state.context()), target=target)
     run_passes(made.graph_module, (legalize, remove_dead), context)
     names = question.results(traced.result)
     return StepGraph(made.graph_module, ports, names, symbol_of(traced), traced.calls)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from mpgraph import ir
+
 aten = torch.ops.aten
-# Kernels that write running statistics without saying so in their schemas.
-_STATISTICS = ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "instance_norm")
 
 
 def writes_last(graph: fx.Graph) -> bool:
@@ -67,10 +67,8 @@ def _may_write(target: Any) -> bool:
     """Whether a function may write to what it is given, or is composed of others that may."""
     if not isinstance(target, torch._ops.OpOverload):
         return True
-    name = str(target._schema.name)
-    if any(part in name for part in _STATISTICS):
-        return "functional" not in name and "no_training" not in name
-    return target._schema.is_mutable or target._can_decompose()
+    writes = ir.updates_statistics(target) or target._schema.is_mutable
+    return writes or target._can_decompose()
 
 
 def _is_number(node: fx.Node) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import io
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -66,16 +67,8 @@ class ExportReport:
 
     def text(self) -> str:
         """The report as a few lines of text."""
-        table = Table.grid(padding=(0, 2))
-        for name, value in self._rows():
-            table.add_row(name, Text(value))
-        console = Console(
-            file=io.StringIO(), width=100, highlight=False, legacy_windows=False, markup=False
-        )
-        console.print(f"{self.path} · {self.precision} · for {self.target}, opset {self.opset}")
-        console.print(table)
-        assert isinstance(console.file, io.StringIO)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+        title = f"{self.path} · {self.precision} · for {self.target}, opset {self.opset}"
+        return titled_rows(title, self._rows())
 
     def __str__(self) -> str:
         return self.text()
@@ -104,6 +97,20 @@ class ExportReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values."""
         return dataclasses.asdict(self)
+
+
+def titled_rows(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """A line, and below it a name and a text to each row."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    console = Console(
+        file=io.StringIO(), width=100, highlight=False, legacy_windows=False, markup=False
+    )
+    console.print(title)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def readable_bytes(count: int) -> str:

@@ -24,6 +24,7 @@ from mpgraph.onnx.step_files import (
     value_of,
     write_tensors,
 )
+from mpgraph.onnx.step_report import ExportedStep
 from mpgraph.onnx.step_trace import StepGraph, trace_step
 from mpgraph.onnx.targets import Target, target_of
 from mpgraph.onnx.uncollected import uncollected
@@ -36,23 +37,6 @@ if TYPE_CHECKING:
 
 
 _NEEDED = ("onnx", "onnxruntime", "onnxscript", "safetensors")
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportedStep:
-    """What :meth:`mpgraph.TrainStep.export_onnx` has written.
-
-    Attributes:
-        folder: Where.
-        manifest: What is in it.
-        error: The largest difference between onnxruntime and torch over one step from the same
-            state, relative to the largest element of each tensor; None where it was not checked.
-            Tensors of nothing but rounding noise are left out.
-    """
-
-    folder: Path
-    manifest: files.Manifest
-    error: float | None
 
 
 def export_step(
@@ -116,7 +100,8 @@ def _export(
         error = check_step(made, graph, values, leaves) if verify else None
         for name in (*written, files.MANIFEST):
             (made / name).replace(path / name)
-    return ExportedStep(path, manifest, error)
+    sizes = {name: (path / name).stat().st_size for name in (*written, files.MANIFEST)}
+    return ExportedStep(path, manifest, error, sizes)
 
 
 def _values(graphs: Iterable[StepGraph], seed: int) -> dict[str, torch.Tensor]:
@@ -185,7 +170,7 @@ def _manifest(
     safe = in_place(model, {port.name: next_name(port.name) for port in train.state()})
     _, frozen = _names(graphs)
     return files.Manifest(
-        precision=step._state.settings.precision.name,
+        precision=step.settings.state.settings.precision.name,
         target=target.name,
         provider=target.provider,
         opset=target.opset,

@@ -31,6 +31,7 @@ from mpgraph.passes.remove_dead import remove_dead
 from mpgraph.passes.share_counters import share_counters
 from mpgraph.passes.tensor_numbers import tensor_numbers
 from mpgraph.pipeline import GraphPass, run_passes
+from mpgraph.step.arguments import parameter_names, trained_by
 from mpgraph.step.assemble import assemble, flat_outputs, moving_scales
 from mpgraph.step.joint import StepContext, gradients_of, outputs_of, set_outputs, slot_nodes
 from mpgraph.step.loss import models_own_loss
@@ -92,11 +93,12 @@ def trace_step(
         ExportError: It cannot be exported; says why.
     """
     optimizer = with_state(step.optimizer)
-    gradients = _gradients(step, leaves, spec, dynamic)
+    known = parameter_names(step.model, step.optimizer)
+    gradients = _gradients(step, known, leaves, spec, dynamic)
     nodes = gradients_of(gradients.graph_module.graph)
     values = {name: node.meta["val"] for name, node in nodes.items()}
-    update = trace_alike_update(optimizer, step._names, values, gradients.mode)
-    context = _context(step, optimizer, gradients)
+    update = trace_alike_update(optimizer, known, values, gradients.mode)
+    context = _context(step, optimizer, known, gradients)
     gm, _ = assemble(gradients.graph_module, update, context)
     _write_assigned(gm.graph, gradients)
     run_passes(gm, EXPORT_PASSES, context)
@@ -105,7 +107,7 @@ def trace_step(
     widen_ports(made.graph_module)
     function = step.loss_fn
     if function is models_own_loss:
-        function = step._state.original_forward()
+        function = step.settings.state.original_forward()
     names = batch_names(function, spec, skip=1)
     ports = ports_of(made, names, len(optimizer.param_groups))
     kept = _named_results(results, gradients)
@@ -113,9 +115,10 @@ def trace_step(
     return StepGraph(made.graph_module, ports, kept, symbol_of(gradients), gradients.calls)
 
 
-def _gradients(step: TrainStep, leaves: Sequence[Any], spec: Spec, dynamic: bool) -> Gradients:
-    parameters = [p for group in step.optimizer.param_groups for p in group["params"]]
-    trained = {step._names[id(p)]: p for p in parameters if p.requires_grad}
+def _gradients(
+    step: TrainStep, names: dict[int, str], leaves: Sequence[Any], spec: Spec, dynamic: bool
+) -> Gradients:
+    trained = dict(trained_by(step.optimizer, names))
     # The Python dispatcher has the kernels that keep sizes symbolic, of interpolation for one.
     with in_plain_operators(), enable_python_dispatcher():
         return trace_gradients(
@@ -131,19 +134,21 @@ def batch_dims(leaves: Sequence[torch.Tensor]) -> list[frozenset[int]]:
     return [frozenset({0} if leaf.dim() and leaf.shape[0] == first else ()) for leaf in leaves]
 
 
-def _context(step: TrainStep, optimizer: Optimizer, gradients: Gradients) -> StepContext:
+def _context(
+    step: TrainStep, optimizer: Optimizer, names: dict[int, str], gradients: Gradients
+) -> StepContext:
     sums = {}
     if step.accumulation_steps > 1:
         for name, node in gradients_of(gradients.graph_module.graph).items():
             sums[name] = StepSlot("sum", f"sum of gradient {name}", _sum_reader(step, name, node))
     return StepContext(
-        **vars(step._state.context()),
-        max_grad_norm=step._max_grad_norm,
-        check_finite=step._check_finite,
+        **vars(step.settings.state.context()),
+        max_grad_norm=step.settings.max_grad_norm,
+        check_finite=step.settings.check_finite,
         sums=sums,
         batches=step.accumulation_steps,
         scales=moving_scales(gradients.states),
-        equal=equal_counters(optimizer, step._names),
+        equal=equal_counters(optimizer, names),
     )
 
 
@@ -151,14 +156,14 @@ def _sum_reader(step: TrainStep, name: str, node: fx.Node) -> Any:
     value = node.meta["val"]
 
     def read() -> torch.Tensor:
-        known = step._sums.get(name)
+        known = step.window.sums.get(name)
         return torch.zeros(value.shape, dtype=value.dtype) if known is None else known
 
     return read
 
 
 def _target_context(step: TrainStep, target: Target) -> TargetContext:
-    return TargetContext(**vars(step._state.context()), target=target)
+    return TargetContext(**vars(step.settings.state.context()), target=target)
 
 
 def _write_assigned(graph: fx.Graph, gradients: Gradients) -> None:

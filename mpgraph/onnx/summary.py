@@ -65,7 +65,8 @@ class FileSummary:
             for value in values:
                 console.print(f"  {kind}  {value}")
         for name, value in self.metadata.items():
-            console.print(f"  {name.removeprefix('mpgraph.')}: {value}")
+            if name != "mpgraph.opset":  # it is in the first line
+                console.print(f"  {name.removeprefix('mpgraph.')}: {value}")
         console.print()
         console.print(self._operators())
         casts = ", ".join(f"{count} {name}" for name, count in self.casts.items()) or "none"

@@ -58,7 +58,7 @@ def _matplotlib() -> tuple[Any, Any]:
     except ImportError as error:
         raise MPGraphError(
             "the picture needs matplotlib, which is not installed: pip install matplotlib, or "
-            "pip install 'mpgraph[demo]'. The report itself needs none: print(report)."
+            "install mpgraph with its extra 'demo'. The report itself needs none: print(report)."
         ) from error
     return Figure, FigureCanvasAgg
 

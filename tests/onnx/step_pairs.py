@@ -11,7 +11,7 @@ import torch
 
 import mpgraph
 from mpgraph.onnx.ports import Port
-from mpgraph.onnx.step_export import ExportedStep
+from mpgraph.onnx.step_report import ExportedStep
 from mpgraph.onnx.step_trace import StepGraph, trace_step
 from mpgraph.onnx.targets import target_of
 from mpgraph.runtime import OnnxTrainer
@@ -107,10 +107,10 @@ def in_torch_state(pair: Pair) -> dict[str, torch.Tensor]:
     for name, parameter in names.items():
         for key, value in step.optimizer.state[parameter].items():
             found[f"{name}.{key}"] = value
-    scale = step._state.scale.value
+    scale = step.settings.state.scale.value
     for field in ("scale", "growth_tracker", "hysteresis_tracker"):
         found[f"loss_scale.{field}"] = getattr(scale, field)
-    found |= {f"{name}.sum": value for name, value in step._sums.items()}
+    found |= {f"{name}.sum": value for name, value in step.window.sums.items()}
     known = pair.trainer.state_dict()
     return {k: v.detach().clone() for k, v in found.items() if k in known and v is not None}
 

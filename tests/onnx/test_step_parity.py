@@ -104,7 +104,7 @@ def test_skips_and_scale_follow_torch_over_200_steps(tmp_path: Path) -> None:
             x = x * 1e30
         pair.step(x, y)
         skipped["torch"].append(bool(pair.step.last_step_skipped))
-        scales["torch"].append(float(pair.step._state.scale.value.scale))
+        scales["torch"].append(float(pair.step.settings.state.scale.value.scale))
         result = pair.trainer.step(**pair.named((x, y)))
         skipped["onnx"].append(result["skipped"])
         scales["onnx"].append(result["scale"])

@@ -171,8 +171,8 @@ def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
         model, optimizer, mean, precision="bf16", compile=False, chunk_loss_head=9
     )
     step(*batch_of_test)
-    graph = next(iter(step._gradients.values())).graph_module
-    context = step._context(next(iter(step._gradients.values())), True)
+    graph = next(iter(step._captures.gradients.values())).graph_module
+    context = step._captures.context(next(iter(step._captures.gradients.values())), True)
     gm, _ = assemble(graph, None, context, checked=False)
     found = gradients_of(gm.graph)
     layouts = {name: p.stride() for name, p in model.named_parameters()}

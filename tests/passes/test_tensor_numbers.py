@@ -53,7 +53,7 @@ def inputs_of(program: Any, gm: fx.GraphModule, x: torch.Tensor) -> list[Any]:
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_an_update_on_tensors_is_the_update_on_numbers(name: str) -> None:
     step, x = captured_step(name)
-    program = next(p for p in step._programs.values() if p.update is not None)
+    program = next(p for p in step._captures.programs.values() if p.update is not None)
     plain = program.graph_module
     changed = copied(plain)
     assert tensor_numbers(changed.graph, context()) > 0
