@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from mpgraph.infer import fake_mode_of
 from mpgraph.onnx.last_writes import writes_last
 from mpgraph.onnx.whole_operators import whole_operators
+from mpgraph.recurrent import kept_whole
 from mpgraph.step.assemble import copied
 from mpgraph.step.joint import fresh
 
@@ -110,7 +111,7 @@ def in_plain_operators() -> Iterator[None]:
     before = core._get_mkldnn_enabled()
     core._set_mkldnn_enabled(False)
     try:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), whole_operators():
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), whole_operators(), kept_whole(False):
             yield
     finally:
         core._set_mkldnn_enabled(before)

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch.overrides import TorchFunctionMode
 
+from mpgraph import recurrent
 from mpgraph.capture.captured import Assignment, Slot
 from mpgraph.capture.detect import user_line
 from mpgraph.capture.region import TRACEABLE, bordered, untraced
@@ -192,7 +193,7 @@ class _Lines(TorchFunctionMode):
             with enable_python_dispatcher():
                 result = func(*args, **kwargs)
         else:
-            result = func(*args, **kwargs)
+            result = recurrent.run(func, args, kwargs)
         if not self.inside._in_model:
             self.inside.note({"module_path": "loss", "stack_trace": _users_line()}, result)
         return result

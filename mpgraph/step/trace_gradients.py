@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 
+from mpgraph import recurrent
 from mpgraph.capture.attribute_reads import Reads, attribute_reads
 from mpgraph.capture.breaks import line_of_error
 from mpgraph.capture.detect import NeedsDynamo, watch_step
@@ -124,6 +125,15 @@ def trace_results(
 
 
 def _run_trace(trace: _Trace, leaves: Tensors, dynamic: Sequence[frozenset[int]]) -> Gradients:
+    try:
+        with recurrent.kept_whole(True):
+            return _run_once(trace, leaves, dynamic)
+    except recurrent.TwiceDifferentiated:
+        with recurrent.kept_whole(False):
+            return _run_once(trace, leaves, dynamic)
+
+
+def _run_once(trace: _Trace, leaves: Tensors, dynamic: Sequence[frozenset[int]]) -> Gradients:
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     reads = LossReads(trace.loss_fn, trace.model)
     modules = nn.ModuleList([trace.model, *reads.modules()])
