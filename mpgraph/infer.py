@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from mpgraph import ir
+from mpgraph.recurrent import RECURRENT, looked_at
 
 Signature = tuple[Any, ...]
 
@@ -102,7 +103,8 @@ def _run(target: Any, args: Any, kwargs: Any, known: Any) -> Any:
     mode = fake_mode_of(args, kwargs, known)
     shapes = getattr(mode, "shape_env", None)
     forget = shapes.ignore_fresh_unbacked_symbols() if shapes else contextlib.nullcontext()
-    with mode, torch.no_grad(), enable_python_dispatcher(), forget:
+    whole = looked_at if target in RECURRENT else contextlib.nullcontext()
+    with mode, torch.no_grad(), enable_python_dispatcher(), forget, whole:
         return _call(target, args, kwargs)
 
 

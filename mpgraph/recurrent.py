@@ -16,8 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
+from torch._C import DispatchKey
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import get_gradient_edge
+
+from mpgraph.python_kernels import PythonKernels
 
 aten = torch.ops.aten
 Tensors = Sequence[torch.Tensor]
@@ -79,13 +84,27 @@ class Layers:
         )
         return tuple(outputs[: _outputs(self.name)])
 
+    def alike(self) -> Any:
+        """Values like its results."""
+        found = _fake(
+            self.tensors, self.packed, *self.options, [], 0, count=_outputs(self.name) - 1
+        )
+        return found[: _outputs(self.name)]
+
+    def shortened(self, kernel: Callable[..., Any]) -> Any:
+        """Run two steps in time of it by a kernel, on values without content."""
+        data, *rest = self.tensors
+        shape = [2, *data.shape[1:]] if not self.options[-1] else [data.shape[0], 2, data.shape[2]]
+        short = data.new_empty(shape).requires_grad_(data.requires_grad)
+        return kernel(*_arguments(self.name, [short, *rest], self.packed, self.options))
+
     def _run(self, tensors: Tensors, wanted: list[bool]) -> tuple[torch.Tensor, ...]:
         operator = getattr(torch.ops.mpgraph, self.name).default
         call = _next_number()
         return cast(Any, operator(list(tensors), self.packed, *self.options, wanted, call))
 
 
-class _Differentiable(torch.autograd.Function):
+class _Differentiable(_SingleLevelFunction):
     """A recurrent operator with its gradient, both as operators that a trace keeps."""
 
     @staticmethod
@@ -169,14 +188,58 @@ def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
 
 
-def _called_with(
-    name: str, tensors: Tensors, packed: bool, options: Sequence[Any]
-) -> tuple[torch.Tensor, ...]:
-    """Run torch's own operator on tensors that lie in one list."""
+def _arguments(name: str, tensors: Tensors, packed: bool, options: Sequence[Any]) -> list[Any]:
+    """The arguments of torch's own operator, of tensors that lie in one list."""
     first, rest = 2 if packed else 1, 2 if name == "lstm" else 1
     states = list(tensors[first : first + rest])
     given = [*tensors[:first], states if name == "lstm" else states[0], [*tensors[first + rest :]]]
-    return cast(Any, _overload(name, packed)(*given, *(options[:-1] if packed else options)))
+    return [*given, *(options[:-1] if packed else options)]
+
+
+class _Stands(_SingleLevelFunction):
+    """Values without content that require a gradient as what they stand for would."""
+
+    @staticmethod
+    def forward(ctx: Any, make: Callable[[], tuple[torch.Tensor, ...]], *_: torch.Tensor) -> Any:
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise AssertionError("values of a capture are not differentiated")
+
+
+# Taken early: a capture refuses custom Functions by another ``apply``.
+_stand = cast(Any, _Stands).apply
+
+
+# torch takes the kernel for this key where there is one for that of autograd as well.
+_KEY = DispatchKey.CompositeImplicitAutograd
+
+
+def _looked_at(overload: OpOverload) -> Callable[..., Any]:
+    """What the operator yields on fake values, told by two steps in time instead of all."""
+    unrolled = overload.py_kernels[_KEY]
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        layers = Layers.of(overload, args, kwargs)
+        assert layers is not None
+        is_fake = any(isinstance(tensor, FakeTensor) for tensor in layers.tensors)
+        if not is_fake or torch._C._are_functorch_transforms_active():
+            return unrolled(*args, **kwargs)
+        with torch.no_grad():
+            dtypes = [value.dtype for value in layers.shortened(unrolled)]
+
+        def make() -> tuple[torch.Tensor, ...]:
+            return tuple(v.to(d) for v, d in zip(layers.alike(), dtypes, strict=False))
+
+        return _stand(make, *layers.tensors)
+
+    return kernel
+
+
+RECURRENT = frozenset(_overload(name, False) for name in NAMES)
+looked_at = PythonKernels({overload: _looked_at(overload) for overload in RECURRENT}, _KEY)
+"""While this is active, recurrent layers on fake tensors are not unrolled over time."""
 
 
 @dataclasses.dataclass
@@ -208,7 +271,7 @@ def _forward(name: str) -> Callable[..., Any]:
         options = (has_biases, num_layers, dropout, train, bidirectional, batch_first)
         own = [_own(t).requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
         with torch.set_grad_enabled(any(wanted)):
-            found = _called_with(name, own, packed, options)
+            found = _overload(name, packed)(*_arguments(name, own, packed, options))
         record = torch.zeros((), dtype=torch.int64)
         if any(wanted):
             inputs = [t for t in own if t.requires_grad]

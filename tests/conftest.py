@@ -50,7 +50,7 @@ def _check_values(gm: fx.GraphModule) -> None:
     from mpgraph.onnx.whole_operators import whole_operators
 
     gm.graph.lint()
-    with whole_operators():  # graphs of exports may hold CTC, which torch has no fake kernel for
+    with whole_operators:  # graphs of exports may hold CTC, which torch has no fake kernel for
         for node in filter(ir.is_operator, gm.graph.nodes):
             if not node.target._schema.returns:
                 continue  # an assertion

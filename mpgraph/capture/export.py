@@ -40,6 +40,7 @@ from mpgraph.capture.threads import other_threads_untraced
 from mpgraph.capture.transforms import refuse_transforms
 from mpgraph.capture.writes import writes_taken_back
 from mpgraph.plain import MODULE_STATE
+from mpgraph.recurrent import looked_at
 from mpgraph.structure import (
     Spec,
     count_leaves,
@@ -228,7 +229,7 @@ def _trace(
         watch(forward_only=plan.call.forward_only),
         _same_containers(plan.model),
     ):
-        with autocast, plan.marks.made(), other_threads_untraced():
+        with autocast, plan.marks.made(), other_threads_untraced(), looked_at:
             return _export(_FlatModule(plan), plan.call)
 
 

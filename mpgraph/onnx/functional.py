@@ -111,7 +111,11 @@ def in_plain_operators() -> Iterator[None]:
     before = core._get_mkldnn_enabled()
     core._set_mkldnn_enabled(False)
     try:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), whole_operators(), kept_whole(False):
+        with (
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+            whole_operators,
+            kept_whole(False),
+        ):
             yield
     finally:
         core._set_mkldnn_enabled(before)

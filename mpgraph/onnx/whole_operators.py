@@ -7,17 +7,15 @@ whole. Others torch cannot trace, or their backward depends on what a graph does
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey
 from torch._subclasses import fake_impls
 
 from mpgraph.onnx.lowering.linear_algebra import determinant, log_determinant
+from mpgraph.python_kernels import PythonKernels
 
 aten = torch.ops.aten
 
@@ -63,50 +61,18 @@ _FAKES[aten._ctc_loss_backward.default] = _like_input
 _FAKES[aten._ctc_loss_backward.Tensor] = _like_input
 _FAKES[aten.multilabel_margin_loss_backward.default] = _like_input
 
-_lock = threading.Lock()
-_entered = 0
-_set_aside: dict[Any, Any] = {}
+
+class _Whole(PythonKernels):
+    def begin(self) -> None:
+        super().begin()
+        for target, fake in _FAKES.items():
+            fake_impls.register_op_impl(target)(fake)
+
+    def end(self) -> None:
+        super().end()
+        for target in _FAKES:
+            fake_impls._deregister_op_impl(target)
 
 
-@contextlib.contextmanager
-def whole_operators() -> Iterator[None]:
-    """Trace without torch's Python decompositions of these operators; several may be inside."""
-    global _entered
-    with _lock:
-        if not _entered:
-            _begin()
-        _entered += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _entered -= 1
-            if not _entered:
-                _end()
-
-
-def _begin() -> None:
-    for target in (*_WHOLE, *_REPLACED):
-        _set_aside[target] = target.py_kernels.pop(DispatchKey.Autograd, None)
-    for target, kernel in _REPLACED.items():
-        target.py_kernels[DispatchKey.Autograd] = kernel
-    _forget()
-    for target, fake in _FAKES.items():
-        fake_impls.register_op_impl(target)(fake)
-
-
-def _end() -> None:
-    for target, kernel in _set_aside.items():
-        target.py_kernels.pop(DispatchKey.Autograd, None)
-        if kernel is not None:
-            target.py_kernels[DispatchKey.Autograd] = kernel
-    _forget()
-    _set_aside.clear()
-    for target in _FAKES:
-        fake_impls._deregister_op_impl(target)
-
-
-def _forget() -> None:
-    """Which kernels torch has looked up before."""
-    for target in _set_aside:
-        target._dispatch_cache.clear()
+whole_operators = _Whole({**dict.fromkeys(_WHOLE), **_REPLACED})
+"""Trace without torch's Python decompositions of these operators; several may be inside."""
