@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from mpgraph.infer import fake_mode_of
 from mpgraph.onnx.last_writes import writes_last
 from mpgraph.onnx.whole_operators import whole_operators
-from mpgraph.recurrent import kept_whole
+from mpgraph.recurrent import kept_whole, without_onednn
 from mpgraph.step.assemble import copied
 from mpgraph.step.joint import fresh
 
@@ -107,18 +107,9 @@ def in_plain_operators() -> Iterator[None]:
 
     What mpgraph has rows for stays whole.
     """
-    core: Any = torch._C
-    before = core._get_mkldnn_enabled()
-    core._set_mkldnn_enabled(False)
-    try:
-        with (
-            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-            whole_operators,
-            kept_whole(False),
-        ):
-            yield
-    finally:
-        core._set_mkldnn_enabled(before)
+    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with math, whole_operators, kept_whole(False), without_onednn():
+        yield
 
 
 def _pack(graph: fx.Graph) -> None:
