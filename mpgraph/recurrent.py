@@ -92,10 +92,11 @@ class Layers:
 
     def dtypes(self, kernel: Callable[..., Any]) -> list[torch.dtype]:
         """Those of its results, for which a kernel runs two steps in time."""
+        device = self.tensors[0].device.type
         key = (
-            *(self.name, self.options, self.tensors[0].requires_grad),
+            *(self.name, self.options, self.tensors[0].requires_grad, device),
             *(tensor.dtype for tensor in self.tensors),
-            *(torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
+            *(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
             torch.backends.mkldnn.enabled,
         )
         if key not in _dtypes:
@@ -212,7 +213,7 @@ def _looked_at(target: OpOverload) -> Callable[..., Any]:
         layers = Layers.of(target, args, kwargs)
         assert layers is not None
         is_fake = any(isinstance(tensor, FakeTensor) for tensor in layers.tensors)
-        is_plain = is_fake and layers.is_on_cpu
+        is_plain = is_fake and layers.tensors[0].device.type in ("cpu", "cuda")
         if not is_plain or torch._C._are_functorch_transforms_active():
             return unrolled(*args, **kwargs)
         dtypes = layers.dtypes(unrolled)
