@@ -183,30 +183,9 @@ def mlp_wide(large: bool) -> Case:
     return model, _scores, (torch.randn(rows, 1024), torch.randint(0, 1000, (rows,)))
 
 
-class Recurrent(nn.Module):
-    """Two GRU layers between two linear ones."""
-
-    def __init__(self, inputs: int, width: int, outputs: int) -> None:
-        super().__init__()
-        self.inner, self.head = nn.Linear(inputs, width), nn.Linear(width, outputs)
-        self.rnn = nn.GRU(width, width, num_layers=2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores for every step in time."""
-        scores: Tensor = self.head(self.rnn(self.inner(x).relu())[0].relu())
-        return scores
-
-
-def gru(large: bool) -> Case:
-    """A GRU, which torch.compile leaves to eager mode: width 512 on a GPU, else 64."""
-    width, shape = (512, (64, 256, 128)) if large else (64, (16, 64, 32))
-    target = torch.randint(0, 10, shape[:2])
-    return Recurrent(shape[2], width, 10), _scores, (torch.randn(shape), target)
-
-
 CASES: Mapping[str, Callable[[bool], Case]] = {
     "gpt": gpt, "gpt-32k": gpt_32k, "bert": bert, "llama": llama, "resnet": resnet, "vit": vit,
-    "mlp": mlp, "mlp-wide": mlp_wide, "gru": gru,
+    "mlp": mlp, "mlp-wide": mlp_wide,
 }  # fmt: skip
 
 # Models that take token ids and targets, and return their loss.
