@@ -213,7 +213,7 @@ def _looked_at(target: OpOverload) -> Callable[..., Any]:
         layers = Layers.of(target, args, kwargs)
         assert layers is not None
         is_fake = any(isinstance(tensor, FakeTensor) for tensor in layers.tensors)
-        is_plain = is_fake and layers.tensors[0].device.type in ("cpu", "cuda")
+        is_plain = is_fake and layers.is_on_cpu
         if not is_plain or torch._C._are_functorch_transforms_active():
             return unrolled(*args, **kwargs)
         dtypes = layers.dtypes(unrolled)

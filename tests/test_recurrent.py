@@ -318,19 +318,16 @@ def test_fake_results_and_gradients_are_like_real_ones(name: str) -> None:
         assert seen[0] == seen[1]
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", recurrent_ops.NAMES)
-def test_a_capture_sees_what_it_would_see_unrolled(name: str, autocast: bool, device: str) -> None:
-    """Fake values need no GPU."""
+def test_a_capture_sees_what_it_would_see_unrolled(name: str, autocast: bool) -> None:
     target = recurrent_ops.OVERLOADS[name]
     for options, projected in (CALLS if name == "lstm" else CALLS[::2])[::3]:
         mode = FakeTensorMode()
         real = _tensors(name, options, projected)
-        with mode:
-            tensors = [mode.from_tensor(t).to(device).detach().requires_grad_() for t in real]
+        tensors = [mode.from_tensor(tensor) for tensor in real]
         arguments = recurrent_ops.arguments(name, tensors, options)
-        with mode, torch.autocast(device, enabled=autocast), enable_python_dispatcher():
+        with mode, torch.autocast("cpu", enabled=autocast), enable_python_dispatcher():
             want = target(*arguments)
             with recurrent.looked_at:
                 got = target(*arguments)
