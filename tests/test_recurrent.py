@@ -321,6 +321,8 @@ def test_fake_results_and_gradients_are_like_real_ones(name: str) -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", recurrent_ops.NAMES)
 def test_a_capture_sees_what_it_would_see_unrolled(name: str, autocast: bool) -> None:
+    if name == "lstm" and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 sees states of oneDNN's LSTM with a dimension too many")
     target = recurrent_ops.OVERLOADS[name]
     for options, projected in (CALLS if name == "lstm" else CALLS[::2])[::3]:
         mode = FakeTensorMode()
