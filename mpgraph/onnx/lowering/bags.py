@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -78,24 +76,6 @@ def _backward(
     scale_grad_by_freq: bool,
     mode: int,
     sparse: bool,
-    *rest: Any,
-) -> Tensor:
-    # torch's forward does without the bags where it only sums, and its backward finds them again.
-    bags = _bag_of(indices, offsets)
-    return _dense_backward(
-        grad, indices, bags, sizes, largest, count, scale_grad_by_freq, mode, *rest
-    )
-
-
-def _dense_backward(
-    grad: Tensor,
-    indices: Tensor,
-    bags: Tensor,
-    sizes: Tensor,
-    largest: Tensor,
-    count: int,
-    scale_grad_by_freq: bool,
-    mode: int,
     per_sample_weights: Tensor | None,
     padding_idx: int = -1,
 ) -> Tensor:
@@ -105,6 +85,8 @@ def _dense_backward(
             "of an index by how often another one occurs (EmbeddingBag.cpp). Scale it yourself, or "
             "use F.embedding(scale_grad_by_freq=True)."
         )
+    # torch's forward does without the bags where it only sums, and its backward finds them again.
+    bags = _bag_of(indices, offsets)
     found = torch.zeros(count, grad.shape[1], dtype=grad.dtype)
     if mode == MAX:
         kept = (largest >= 0).to(grad.dtype)
@@ -131,15 +113,16 @@ def _weights_backward(
 
 
 _SOURCE = "aten/src/ATen/native/EmbeddingBag.cpp"
-_SPREAD = "scatter-add of each bag's gradient to the rows that are in it"
 
 ROWS = (
     Row(
         (aten._embedding_bag.default, aten._embedding_bag_forward_only.default),
         _embedding_bag, "scatter-add of the rows to sum(place >= offset) - 1", _SOURCE,
     ),
-    Row((aten._embedding_bag_backward.default,), _backward, _SPREAD, _SOURCE),
-    Row((aten._embedding_bag_dense_backward.default,), _dense_backward, _SPREAD, _SOURCE),
+    Row(
+        (aten._embedding_bag_backward.default,), _backward,
+        "scatter-add of each bag's gradient to the rows that are in it", _SOURCE,
+    ),
     Row(
         (aten._embedding_bag_per_sample_weights_backward.default,), _weights_backward,
         "the product of each row with the gradient of its bag", _SOURCE,
