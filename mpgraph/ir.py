@@ -176,6 +176,11 @@ def is_operator(node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(node.target, OpOverload)
 
 
+def only_checks(node: fx.Node) -> bool:
+    """Whether an operator yields nothing, so that it can only be there for what it checks."""
+    return is_operator(node) and not cast(OpOverload, node.target)._schema.returns
+
+
 def is_higher_order(node: fx.Node) -> bool:
     """Whether the node calls a higher-order operator such as ``cond``."""
     return node.op == "call_function" and isinstance(node.target, HigherOrderOperator)

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from mpgraph import ir
 from mpgraph.errors import ExportError
 from mpgraph.infer import fake_mode_of
 from mpgraph.onnx.functional import CARRIED, retrace
@@ -23,8 +24,6 @@ from mpgraph.onnx.lowering import decompositions
 
 Table = Mapping[Any, Callable[..., Any]]
 Kind = tuple[Any, ...]
-# Raises where a matrix is singular; without it, what is solved is infinite or NaN.
-_SINGULAR = torch.ops.aten._linalg_check_errors.default
 
 
 def lower(gm: fx.GraphModule, opset: int = 18) -> fx.GraphModule:
@@ -40,7 +39,8 @@ def lower(gm: fx.GraphModule, opset: int = 18) -> fx.GraphModule:
     symbolic = [size for size in _sizes(gm) if not size.node.expr.is_number]
     lowering = _Lowering(gm, decompositions(opset))
     for node in gm.graph.nodes:
-        lowering.add(node)
+        if not _is_check(node):
+            lowering.add(node)
     if any(size.node.expr.is_number for size in symbolic):
         raise ExportError(
             "an operator of the step is translated for one size of the batch alone. Export with "
@@ -48,12 +48,19 @@ def lower(gm: fx.GraphModule, opset: int = 18) -> fx.GraphModule:
         )
     graph = lowering.graph
     for node in list(graph.nodes):
-        is_check = "assert" in str(node.target) or node.target is _SINGULAR
-        if is_check and not node.users:
-            graph.erase_node(node)  # it checks what a caller has passed
+        if _is_check(node):
+            graph.erase_node(node)
     graph.eliminate_dead_code()
     graph.lint()
     return fx.GraphModule(lowering.root, graph)
+
+
+def _is_check(node: fx.Node) -> bool:
+    """Whether a node is there for what it checks of values that a caller passes.
+
+    Of a matrix, say, that it is not singular: without the check, what is solved is infinite or NaN.
+    """
+    return not node.users and (ir.only_checks(node) or "assert" in str(node.target))
 
 
 def _sizes(gm: fx.GraphModule) -> list[torch.SymInt]:

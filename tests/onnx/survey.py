@@ -27,6 +27,7 @@ from mpgraph.pipeline import run_passes
 from mpgraph.policy import Policy
 from mpgraph.step.trace_gradients import _fake_leaf
 
+from .survey_converted import as_converted
 from .survey_row import Bools, Ints, Positive
 
 
@@ -65,6 +66,7 @@ def run(
     *,
     size: int = 0,
     opset: int = 18,
+    converted: bool = False,
 ) -> Run:
     """Run one call in all three ways.
 
@@ -75,7 +77,11 @@ def run(
         size: Of a batch: the graph is exported with a symbolic first dimension of everything that
             has as many rows as the first input, and run with this many; 0: all sizes are fixed.
         opset: Of the exported model.
+        converted: Whether to run the call as a model's graph has it after every pass.
     """
+    if converted:
+        torch.manual_seed(0)
+        function = as_converted(function, [make(spec, dtype) for spec in specs], dtype)
     inputs = _inputs(function, specs, dtype)
     joint = _joint(function, len(specs))
     gm = _traced(function, inputs[: len(specs)], len(inputs[0]) if size else 0)

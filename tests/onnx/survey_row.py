@@ -44,6 +44,8 @@ class Row:
         shapes: Each a tuple of what it takes: a shape stands for normally distributed numbers.
         quick: Whether it belongs to the tests that always run.
         fixed: Whether it takes one size of its first dimension alone.
+        widened: Whether torch refuses it in 16 bit, as an operator that the policy widens. Models
+            have it after the passes, and so has the survey.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Row:
     shapes: tuple[tuple[Any, ...], ...]
     quick: bool = False
     fixed: bool = False
+    widened: bool = False
 
 
 def row(
@@ -59,9 +62,10 @@ def row(
     *shapes: Any,
     quick: bool = False,
     fixed: bool = False,
+    widened: bool = False,
 ) -> Row:
     """A row; each of ``shapes`` is a tuple of inputs."""
-    return Row(name, function, shapes, quick, fixed)
+    return Row(name, function, shapes, quick, fixed, widened)
 
 
 def recurrent(kind: type[nn.Module], **options: Any) -> Callable[..., Any]:

@@ -95,6 +95,21 @@ def test_a_size_is_computed_once_and_stays_symbolic():
     assert len(texts) == len(set(texts))
 
 
+def test_what_only_checks_is_left_out():
+    def solved(x):
+        torch._assert_async(x.isfinite().all(), "rows")
+        return torch.linalg.solve(x @ x.mT + torch.eye(3), x)
+
+    x = torch.randn(2, 3, 3)
+    gm = traced(solved, x)
+    checks = [str(n.target) for n in gm.graph.nodes if "assert" in str(n) or "check" in str(n)]
+    assert len(checks) == 2
+    lowered = lowering.lower(gm)
+    calls = [node for node in lowered.graph.nodes if node.op == "call_function"]
+    assert all(node.meta.get("val") is not None for node in calls)
+    torch.testing.assert_close(lowered(x), gm(x), rtol=1e-4, atol=1e-5)
+
+
 def test_promotions_are_written_out():
     gm = lowering.lower(traced(lambda i, x: i.sqrt() + x, torch.arange(3), torch.randn(3)))
     (add,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)

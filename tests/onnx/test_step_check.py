@@ -11,6 +11,7 @@ from torch import nn
 
 import mpgraph
 from mpgraph.onnx import step_check
+from mpgraph.runtime import OnnxTrainer
 
 pytest.importorskip("onnxruntime")
 
@@ -69,3 +70,35 @@ def test_a_value_that_is_wrong_is_refused(
     with pytest.raises(mpgraph.ExportError, match=rf"differ in (next\.)?{name} by 0\.1"):
         export(tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+class Weighted(nn.Module):
+    """A layer that is handed something it does not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor, note: torch.Tensor) -> torch.Tensor:
+        """Two numbers for each row."""
+        return self.layer(x)
+
+
+def test_tensors_that_nothing_reads_are_taken_all_the_same(tmp_path: Path) -> None:
+    """For training, evaluation and prediction, as in torch; the others keep their places."""
+    model = Weighted()
+    step = mpgraph.TrainStep(
+        model, torch.optim.SGD(model.parameters(), lr=0.1),
+        lambda model, x, note, target: (model(x, note).float() - target).square().mean(),
+        precision="bf16", compile=False,
+    )  # fmt: skip
+    batch = {"x": torch.randn(4, 8), "note": torch.ones(4, 2), "target": torch.randn(4, 2)}
+    assert step.export_onnx(tmp_path, example_inputs=tuple(batch.values())).error < 1e-6
+    arrays = {name: value.numpy() for name, value in batch.items()}
+    trainer = OnnxTrainer(tmp_path, threads=1)
+    expected = pytest.approx(float(step(*batch.values())), rel=1e-6)
+    assert trainer.evaluate([arrays])["loss"] == expected
+    assert trainer.step(**arrays)["loss"] == expected
+    output = trainer.predict(x=arrays["x"], note=arrays["note"])["output"]
+    expected = step.model(batch["x"], batch["note"]).float()
+    torch.testing.assert_close(torch.from_numpy(output), expected)

@@ -4,8 +4,10 @@ import torch
 from torch.nn import functional as F
 
 from mpgraph.passes.remove_dead import remove_dead
+from mpgraph.pipeline import run_passes
+from mpgraph.step.slots import StepSlot
 
-from .graphs import bf16, cast, check_pass, special, targets
+from .graphs import bf16, cast, check_pass, context_of, graph_of, special, targets
 
 
 def x4():
@@ -114,3 +116,15 @@ def test_a_branch_keeps_its_inputs_though_it_reads_none():
         return torch.ops.higher_order.cond(flag, reads, ignores, (x,))
 
     check_pass(remove_dead, f, x4(), torch.tensor(False), edits=0)
+
+
+def test_tensors_of_a_steps_batch_stay():
+    def f(x, y, z):
+        return x.exp()
+
+    gm = graph_of(f, x4(), special(4), special(4))
+    _, y, z = gm.graph.find_nodes(op="placeholder")
+    y.meta["slot"] = StepSlot("input", "y", index=1)
+    z.meta["slot"] = StepSlot("constant", "z")
+    run_passes(gm, [remove_dead], context_of())
+    assert [n.name for n in gm.graph.find_nodes(op="placeholder")] == ["x", "y"]

@@ -85,6 +85,8 @@ def _backward(
             "of an index by how often another one occurs (EmbeddingBag.cpp). Scale it yourself, or "
             "use F.embedding(scale_grad_by_freq=True)."
         )
+    # torch's forward does without the bags where it only sums, and its backward finds them again.
+    bags = _bag_of(indices, offsets)
     found = torch.zeros(count, grad.shape[1], dtype=grad.dtype)
     if mode == MAX:
         kept = (largest >= 0).to(grad.dtype)
@@ -106,7 +108,7 @@ def _weights_backward(
     mode: int,
     padding_idx: int = -1,
 ) -> Tensor:
-    shares = (grad[bags] * weight[indices]).sum(1)
+    shares = (grad[_bag_of(indices, offsets)] * weight[indices]).sum(1)
     return shares * _counted(indices, padding_idx).to(shares.dtype)
 
 
@@ -118,8 +120,8 @@ ROWS = (
         _embedding_bag, "scatter-add of the rows to sum(place >= offset) - 1", _SOURCE,
     ),
     Row(
-        (aten._embedding_bag_backward.default, aten._embedding_bag_dense_backward.default),
-        _backward, "scatter-add of each bag's gradient to the rows that are in it", _SOURCE,
+        (aten._embedding_bag_backward.default,), _backward,
+        "scatter-add of each bag's gradient to the rows that are in it", _SOURCE,
     ),
     Row(
         (aten._embedding_bag_per_sample_weights_backward.default,), _weights_backward,
