@@ -62,3 +62,30 @@ def test_inference_mode_around_a_step_is_refused() -> None:
     twins = Twins()
     with torch.inference_mode(), pytest.raises(CaptureError, match="inference_mode"):
         twins.step(*batch(0))
+
+
+class LeavesUnused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.b(torch.tanh(self.a(x)))
+        return self.a(x)
+
+
+def test_a_result_that_nobody_wants_is_left_out() -> None:
+    """torch 2.11 lets go of autograd's node for it, and keeps the object of its custom Function."""
+    model = LeavesUnused()
+    plain = mpgraph.convert(copy.deepcopy(model), "fp16")
+
+    def loss_fn(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        model(x * 2)
+        return model(x).float().square().sum()
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = mpgraph.TrainStep(model, optimizer, loss_fn, precision="fp16", compile=False)
+    x = torch.randn(2, 4)
+    assert step(x) == loss_fn(plain, x)
+    assert not torch.equal(model.a.weight, plain.a.weight)
+    assert torch.equal(model.b.weight, plain.b.weight)

@@ -122,7 +122,7 @@ class Inside:
 
     def watch_backward(self) -> None:
         """From now on, nodes inherit from the forward node whose gradient they compute."""
-        for grad_fn, meta in self._made.items():
+        for grad_fn, meta in filter(_is_in_graph, self._made.items()):
             grad_fn.register_prehook(_Noting(self, {}))
             grad_fn.register_hook(_Noting(self, meta))
 
@@ -224,6 +224,14 @@ def _grad_fns(result: Any, known: dict[Any, Any]) -> list[Any]:
         found[grad_fn] = None
         waiting.extend(earlier for earlier, _ in grad_fn.next_functions)
     return [*found]
+
+
+def _is_in_graph(made: tuple[Any, Any]) -> bool:
+    """Whether autograd still has a node: a custom Function's object outlives its own."""
+    try:
+        return made[0].next_functions is not None
+    except RuntimeError:
+        return False
 
 
 def _inputs(gm: fx.GraphModule) -> list[fx.Node]:
