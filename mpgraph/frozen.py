@@ -56,7 +56,8 @@ def is_settled(value: Any) -> bool:
         )
     if isinstance(value, (type, types.ModuleType)):
         return not _is_namespace(value)
-    return isinstance(value, (*_VALUES, torch.Tensor, nn.Module, types.BuiltinFunctionType))
+    kinds = (*_VALUES, torch.Tensor, nn.Module, types.BuiltinFunctionType, types.CodeType)
+    return isinstance(value, kinds)
 
 
 def is_own(function: types.FunctionType) -> bool:
@@ -75,9 +76,7 @@ def parts(value: Any) -> Iterator[tuple[Any, Any]]:
     elif isinstance(value, dict):
         yield from dict.items(value)
     elif isinstance(value, (list, tuple, collections.deque)):
-        bases: tuple[Any, ...] = (list, tuple, collections.deque)
-        base = next(kind for kind in bases if isinstance(value, kind))
-        yield from enumerate(base.__iter__(value))
+        yield from enumerate(_base(value).__iter__(value))
     elif isinstance(value, types.MappingProxyType):
         yield from value.items()
     elif isinstance(value, functools.partial):
@@ -86,6 +85,23 @@ def parts(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from enumerate((value.__func__, value.__self__))
     elif isinstance(value, types.FunctionType):
         yield from enumerate(_of_function(value))
+
+
+def contents(value: Any) -> list[Any] | None:
+    """The keys and items of a container, in order; None of what is none. Without Python's loops."""
+    if isinstance(value, dict):
+        base = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
+        return [*base.keys(value), *base.values(value)]
+    if isinstance(value, (set, frozenset)):
+        return [*(set if isinstance(value, set) else frozenset).__iter__(value)]
+    if isinstance(value, (list, tuple, collections.deque)):
+        return [*_base(value).__iter__(value)]
+    return [item for _, item in parts(value)] if is_container(value) else None
+
+
+def _base(value: Any) -> Any:
+    bases = (list, tuple, collections.deque)
+    return next(kind for kind in bases if isinstance(value, kind))
 
 
 def is_container(value: Any) -> bool:

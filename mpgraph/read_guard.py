@@ -14,25 +14,27 @@ from mpgraph.frozen import (
     MISSING,
     Names,
     attribute_names,
+    contents,
     freeze,
     has_attributes,
     is_all_in_table,
-    is_container,
     is_heap_type,
     is_settled,
+    parts,
     stored,
     table_of,
 )
 from mpgraph.plain import BOOKKEEPING, MODULE_STATE
 
 _Table = Mapping[str, Any]
+_NOTHING: Names = {}
 
 
 class ReadGuard:
     """What forward has read, over one or more captures, and its values.
 
-    Asked at every call, so most of the answer is whether each place holds the same object still.
-    What can change by itself (a list, a closure) is compared by its content.
+    Asked at every call, so most of the answer is whether each place, and each container, holds the
+    same objects still. What they are worth is compared where that is not so.
     """
 
     def __init__(self) -> None:
@@ -53,7 +55,8 @@ class ReadGuard:
         if (
             all(map(operator.is_, values, self._values))
             and all(tensor_kind(t.get(n)) == kind for t, n, kind in self._tensors)
-            and all(freeze(t.get(n, MISSING), sub) == then for t, n, sub, then in self._others)
+            and all(_is_same(contents(value), then) for value, then in self._contents)
+            and all(freeze(value, names) == then for value, names, then in self._others)
             and all(attribute_names(owner) == then for owner, then in self._tables)
         ):
             return True
@@ -74,8 +77,10 @@ class ReadGuard:
         """Where to look, from what is there now."""
         self._places: list[tuple[_Table, str]] = []
         self._tensors: list[tuple[_Table, str, Any]] = []
-        self._others: list[tuple[_Table, str, Names, Any]] = []
+        self._contents: list[tuple[Any, list[Any]]] = []
+        self._others: list[tuple[Any, Names, Any]] = []
         self._tables: list[tuple[Any, list[str]]] = []
+        self._seen: set[tuple[int, int]] = set()
         for module, names in self._roots.values():
             self._add(module, names)
         self._values = [table.get(name, MISSING) for table, name in self._places]
@@ -90,18 +95,33 @@ class ReadGuard:
                 self._places.append((table, name))
             holder = table if name in table else _class_with(owner, name)
             if holder is not None:
-                self._add_value(owner, holder, name, names.get(name, {}))
+                self._add_value(owner, holder, name, names.get(name, _NOTHING))
 
     def _add_value(self, owner: Any, table: _Table, name: str, names: Names) -> None:
         value = table[name]
         if isinstance(owner, nn.Module) and isinstance(value, torch.Tensor):
             self._tensors.append((table, name, tensor_kind(value)))
-        elif is_settled(value) or _is_entered(value):
-            self._places.append((table, name))
-            if names and _is_entered(value):
-                self._add(value, names)
         else:
-            self._others.append((table, name, names, freeze(value, names)))
+            self._places.append((table, name))
+            self._look_into(value, names)
+
+    def _look_into(self, value: Any, names: Names) -> None:
+        """Watch what may change inside of a value while it stays in its place.
+
+        Containers are compared item by item, by identity: one of many thousand items is compared
+        in the time that freezing a few of them takes.
+        """
+        if is_settled(value) or (id(value), id(names)) in self._seen:
+            return
+        self._seen.add((id(value), id(names)))
+        if (taken := contents(value)) is not None:
+            self._contents.append((value, taken))
+        for key, item in parts(value):
+            self._look_into(item, names.get((key,), _NOTHING))
+        if has_attributes(value) and is_all_in_table(value):
+            self._add(value, names if is_heap_type(type(value)) else {EVERY: {}, **names})
+        elif has_attributes(value) or taken is None:
+            self._others.append((value, names, freeze(value, names)))
 
 
 class ReadVersions:
@@ -133,14 +153,8 @@ def tensor_kind(value: Any) -> Any:
     return value.dtype, value.shape, value.device, value.requires_grad
 
 
-def _is_entered(value: Any) -> bool:
-    """Whether it is an object all of whose attributes stand in its table."""
-    return (
-        has_attributes(value)
-        and not is_container(value)
-        and is_heap_type(type(value))
-        and is_all_in_table(value)
-    )
+def _is_same(now: list[Any] | None, then: list[Any]) -> bool:
+    return now is not None and len(now) == len(then) and all(map(operator.is_, now, then))
 
 
 def _of_root(module: nn.Module, name: str, names: Names) -> Any:

@@ -500,3 +500,26 @@ def test_a_step_sees_what_its_loss_function_reads_of_modules():
     assert step(x) == loss_fn(model, x)
     teacher.held[0][0] = 5.0
     assert step(x) == loss_fn(model, x)
+
+
+class Chained(nn.Module):
+    """Walks along a chain of objects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.held: Any = None
+        for gain in range(500):
+            self.held = Outer((gain, self.held))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain, link = 0, self.held
+        while link is not None:
+            gain, link = gain + link.inner[0], link.inner[1]
+        return self.layer(x) * gain
+
+
+def test_a_chain_too_long_to_compare_is_refused_by_its_reason():
+    model = mpgraph.convert(Chained(), "bf16", capture="export")
+    with pytest.raises(mpgraph.CaptureError, match="100 objects deep"):
+        model(torch.randn(2, 8))

@@ -15,6 +15,7 @@ from torch import nn
 from torch._dynamo.callback import CallbackArgs
 from torch._dynamo.callback import callback_handler as dynamo
 
+from mpgraph.capture.detect import NeedsDynamo
 from mpgraph.capture.held import Held, held_at
 from mpgraph.frozen import (
     EVERY,
@@ -35,6 +36,8 @@ _MACHINERY = frozenset(vars(nn.Module)) - {"forward", "__dict__"}
 # What the tree of modules knows of those that are in it.
 _KNOWN = MODULE_STATE | BOOKKEEPING | _MACHINERY
 _STATE = ("_parameters", "_buffers", "_modules")
+# Comparing what is deeper would exceed the depth of Python's own calls.
+_DEEPEST = 100
 Steps = tuple[Any, ...]
 
 
@@ -170,6 +173,8 @@ class _Recorder:
             return
         if isinstance(value, types.FunctionType) and not is_own(value):
             return
+        if len(steps) > _DEEPEST:
+            raise NeedsDynamo(f"forward reads what is {_DEEPEST} objects deep in its attributes")
         self._ways[id(value)] = module, steps
         self._kept.append(value)
         if isinstance(value, nn.Module):
