@@ -36,6 +36,7 @@ from mpgraph.capture.detect import NeedsDynamo, watch
 from mpgraph.capture.held import Held, held_in
 from mpgraph.capture.modes import Marks
 from mpgraph.capture.size_guards import size_guards
+from mpgraph.capture.taken_values import taken_values_refused
 from mpgraph.capture.threads import other_threads_untraced
 from mpgraph.capture.transforms import refuse_transforms
 from mpgraph.capture.writes import writes_taken_back
@@ -128,7 +129,7 @@ class _FlatModule(nn.Module):
         args, kwargs = unflatten(plan.call.spec, leaves)
         held = held_in(opaque_values(plan.call.spec))
         noted = attribute_changes(plan.model, plan.set_once)
-        with noted as traces, compiling(plan.call.says_compiling):
+        with noted as traces, compiling(plan.call.says_compiling), taken_values_refused():
             value = plan.forward(plan.model, *args, **kwargs)
         plan.reads = traces.reads
         _refuse_changed_arguments(args, kwargs, leaves, plan.call.spec, held)
