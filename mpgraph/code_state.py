@@ -7,6 +7,7 @@ a list are part of a graph like any attribute: written into it when it is captur
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import types
 from collections.abc import Iterator
@@ -14,9 +15,14 @@ from typing import Any
 
 from torch import nn
 
+from mpgraph.frozen import Globals, has_attributes, is_namespace
 from mpgraph.plain import GLOBAL_HOOKS, PLAIN
 
 _CONTAINERS = (list, dict, set)
+_WRAPPERS = {
+    classmethod: "__func__", staticmethod: "__func__", property: "fget",
+    functools.cached_property: "func",
+}  # fmt: skip
 
 
 class CodeState:
@@ -32,29 +38,36 @@ class CodeState:
         # A table and a name in it; for a class, the class to set it on.
         self.places: list[tuple[Any, str, type | None]] = []
         self.containers: list[tuple[str, Any]] = []
+        # Objects in such places, which are listened to: a path, the owner, and the name in it.
+        self.objects: list[tuple[str, Any, str]] = []
         self._seen: set[tuple[int, str]] = set()
         for owner, table in zip(self.classes, self.tables, strict=True):
-            self._take(table, owner, sorted(names & table.keys()), f"{owner.__name__}.")
+            self._take(table, owner, names, f"{owner.__name__}.")
             if isinstance(table.get("forward"), types.FunctionType):
                 self.places.append((table, "forward", owner))
         for function in functions:
-            read = sorted(set(names_in(function.__code__)) & function.__globals__.keys())
-            self._take(function.__globals__, None, read, "")
+            self._take(function.__globals__, None, set(names_in(function.__code__)), "")
             defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
             where = f"a default argument of {function.__qualname__}"
             self.containers += [(where, v) for v in defaults if isinstance(v, _CONTAINERS)]
             self.containers += list(_enclosed(function))
 
-    def _take(self, table: Any, owner: type | None, names: list[str], prefix: str) -> None:
-        for name in names:
+    def _take(self, table: Any, owner: type | None, names: set[str], prefix: str) -> None:
+        for name in sorted(names & table.keys()):
             value = table[name]
-            if name.startswith("__") or (id(table), name) in self._seen:
+            place = id(table if owner is None else owner), name
+            if name.startswith("__") or place in self._seen:
                 continue
-            self._seen.add((id(table), name))
+            self._seen.add(place)
             if isinstance(value, PLAIN):
                 self.places.append((table, name, owner))
             elif isinstance(value, _CONTAINERS):
                 self.containers.append((prefix + name, value))
+            elif isinstance(value, (type, types.ModuleType)) and is_namespace(value):
+                inner = value if isinstance(value, type) else None
+                self._take(vars(value), inner, names, f"{prefix}{name}.")
+            elif is_namespace(type(value)) and has_attributes(value):
+                self.objects.append((prefix.rstrip("."), owner or Globals(table), name))
 
     def values(self) -> list[Any]:
         """What stands in every place now."""
@@ -101,9 +114,12 @@ def _is_own(cls: type) -> bool:
 
 def _functions(cls: type) -> Iterator[types.FunctionType]:
     for name, value in list(vars(cls).items()):
+        if name in ("__init__", "__init_subclass__", "__new__"):
+            continue
+        for kind, attribute in _WRAPPERS.items():
+            value = getattr(value, attribute) if isinstance(value, kind) else value
         function = inspect.unwrap(value) if callable(value) else value
-        is_set_up = name in ("__init__", "__init_subclass__", "__new__")
-        if isinstance(function, types.FunctionType) and not is_set_up:
+        if isinstance(function, types.FunctionType):
             yield function
 
 

@@ -11,7 +11,7 @@ import collections
 import functools
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def is_settled(value: Any) -> bool:
             value.__closure__ or value.__defaults__ or value.__kwdefaults__
         )
     if isinstance(value, (type, types.ModuleType)):
-        return not _is_namespace(value)
+        return not is_namespace(value)
     kinds = (*_VALUES, torch.Tensor, nn.Module, types.BuiltinFunctionType, types.CodeType)
     return isinstance(value, kinds)
 
@@ -92,8 +92,10 @@ def contents(value: Any) -> list[Any] | None:
     if isinstance(value, dict):
         base = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
         return [*base.keys(value), *base.values(value)]
-    if isinstance(value, (set, frozenset)):
-        return [*(set if isinstance(value, set) else frozenset).__iter__(value)]
+    if isinstance(value, set):
+        return [*set.__iter__(value)]
+    if isinstance(value, frozenset):
+        return [*frozenset.__iter__(value)]
     if isinstance(value, (list, tuple, collections.deque)):
         return [*_base(value).__iter__(value)]
     return [item for _, item in parts(value)] if is_container(value) else None
@@ -121,13 +123,27 @@ def has_attributes(value: Any) -> bool:
     )
 
 
-def table_of(value: Any) -> dict[str, Any] | None:
+def table_of(value: Any) -> Mapping[str, Any] | None:
     """Where an object keeps its attributes."""
+    if isinstance(value, type):
+        return vars(value)
     try:
         table = object.__getattribute__(value, "__dict__")
     except AttributeError:
         return None
     return table if isinstance(table, dict) else None
+
+
+def key_of(owner: Any) -> int:
+    """The identity of a module's table of attributes, which stand-ins for it share; of a class."""
+    return id(owner if isinstance(owner, type) else table_of(owner))
+
+
+class Globals:
+    """The globals of a file, as attributes of an object."""
+
+    def __init__(self, table: dict[str, Any]) -> None:
+        self.__dict__ = table
 
 
 def stored(value: Any, name: str) -> Any:
@@ -235,14 +251,18 @@ def _slots(cls: type) -> Iterator[str]:
                     yield name
 
 
-def _is_namespace(value: Any) -> bool:
+def is_namespace(value: Any) -> bool:
     """Whether a class or module is the user's own, so that its attributes may be settings."""
     name = value.__module__ if isinstance(value, type) else value.__name__
-    return is_own_file(getattr(sys.modules.get(name), "__file__", None) or "<none>")
+    module = sys.modules.get(name)
+    if module is None or name == "__main__":  # made by hand, or typed in
+        return is_own_file(getattr(module, "__file__", None) or "<typed in>")
+    file = getattr(module, "__file__", None)  # what is built in has none
+    return file is not None and is_own_file(file)
 
 
 def _of_namespace(value: Any) -> tuple[Any, ...]:
-    if not _is_namespace(value):
+    if not is_namespace(value):
         return ()
     plain = [(k, v) for k, v in list(vars(value).items()) if isinstance(v, PLAIN)]
     return tuple([(k, freeze(v)) for k, v in plain if not k.startswith("__")])

@@ -38,14 +38,14 @@ class ReadGuard:
     """
 
     def __init__(self) -> None:
-        self._roots: dict[int, tuple[nn.Module, Names]] = {}
+        self._roots: dict[int, tuple[Any, Names]] = {}
         self._frozen: list[Any] = []
         self._build()
 
-    def add(self, reads: Mapping[int, tuple[nn.Module, Names]]) -> None:
+    def add(self, reads: Mapping[int, tuple[Any, Names]]) -> None:
         """Hold for these reads too, with the values that they have now."""
-        for key, (module, names) in reads.items():
-            _merge(self._roots.setdefault(key, (module, {}))[1], names)
+        for key, (owner, names) in reads.items():
+            _merge(self._roots.setdefault(key, (owner, {}))[1], names)
         self._build()
         self._frozen = self._freeze()
 
@@ -68,9 +68,9 @@ class ReadGuard:
 
     def _freeze(self) -> list[Any]:
         return [
-            (name, _of_root(module, name, names.get(name, {})))
-            for module, names in self._roots.values()
-            for name in _read(module, names)
+            (name, _of_root(owner, name, names.get(name, {})))
+            for owner, names in self._roots.values()
+            for name in _read(owner, names)
         ]
 
     def _build(self) -> None:
@@ -81,8 +81,8 @@ class ReadGuard:
         self._others: list[tuple[Any, Names, Any]] = []
         self._tables: list[tuple[Any, list[str]]] = []
         self._seen: set[tuple[int, int]] = set()
-        for module, names in self._roots.values():
-            self._add(module, names)
+        for owner, names in self._roots.values():
+            self._add(owner, names)
         self._values = [table.get(name, MISSING) for table, name in self._places]
 
     def _add(self, owner: Any, names: Names) -> None:
@@ -91,19 +91,20 @@ class ReadGuard:
         if EVERY in names:
             self._tables.append((owner, attribute_names(owner)))
         for name in _read(owner, names):
+            inner = names.get(name, _NOTHING)
+            self._add_value(owner, table, name, inner)
             if name not in table:
-                self._places.append((table, name))
-            holder = table if name in table else _class_with(owner, name)
-            if holder is not None:
-                self._add_value(owner, holder, name, names.get(name, _NOTHING))
+                for cls in _classes_with(owner, name):
+                    self._add_value(owner, vars(cls), name, inner)
 
     def _add_value(self, owner: Any, table: _Table, name: str, names: Names) -> None:
-        value = table[name]
+        value = table.get(name, MISSING)
         if isinstance(owner, nn.Module) and isinstance(value, torch.Tensor):
             self._tensors.append((table, name, tensor_kind(value)))
         else:
             self._places.append((table, name))
-            self._look_into(value, names)
+            if value is not MISSING:
+                self._look_into(value, names)
 
     def _look_into(self, value: Any, names: Names) -> None:
         """Watch what may change inside of a value while it stays in its place.
@@ -140,7 +141,7 @@ class ReadVersions:
                 self._guards.append(ReadGuard())
         return self._current
 
-    def note(self, reads: Mapping[int, tuple[nn.Module, Names]]) -> None:
+    def note(self, reads: Mapping[int, tuple[Any, Names]]) -> None:
         """A graph has just been captured that has read these attributes."""
         # What it was captured with may differ from before: forward may set a default.
         self._guards[self.number()].add(reads)
@@ -157,9 +158,10 @@ def _is_same(now: list[Any] | None, then: list[Any]) -> bool:
     return now is not None and len(now) == len(then) and all(map(operator.is_, now, then))
 
 
-def _of_root(module: nn.Module, name: str, names: Names) -> Any:
-    value = stored(module, name)
-    return tensor_kind(value) if isinstance(value, torch.Tensor) else freeze(value, names)
+def _of_root(owner: Any, name: str, names: Names) -> Any:
+    value = stored(owner, name)
+    is_looked_up = isinstance(owner, nn.Module) and isinstance(value, torch.Tensor)
+    return tensor_kind(value) if is_looked_up else freeze(value, names)
 
 
 def _read(owner: Any, names: Names) -> Iterator[str]:
@@ -171,12 +173,14 @@ def _read(owner: Any, names: Names) -> Iterator[str]:
     return iter(found)
 
 
-def _class_with(owner: Any, name: str) -> _Table | None:
-    """The attributes of the user's class that has one of this name."""
+def _classes_with(owner: Any, name: str) -> Iterator[type]:
+    """The user's classes where a name is looked for, down to the one that has it."""
     for cls in type(owner).__mro__:
+        if cls.__module__.startswith("torch.") or cls is object:
+            return
+        yield cls
         if name in vars(cls):
-            return None if cls.__module__.startswith("torch.") else vars(cls)
-    return None
+            return
 
 
 def _merge(into: Names, names: Names) -> None:

@@ -15,7 +15,7 @@ from mpgraph.capture.detect import NeedsDynamo
 from mpgraph.capture.held import Held, held_by, held_by_code
 from mpgraph.capture.miscounts import refuse_miscounted
 from mpgraph.code_state import CodeState
-from mpgraph.frozen import stored
+from mpgraph.frozen import key_of, stored
 from mpgraph.pipeline import size_hint
 from mpgraph.plain import BOOKKEEPING, MODULE_STATE, tables_of
 from mpgraph.structure import flatten, opaque_values
@@ -56,7 +56,7 @@ def attribute_changes(model: nn.Module, set_once: list[str]) -> Iterator[Traces]
     code_held, values = held_by_code(code), code.values()
     held = [*held_by(model), *code_held]
     traces = Traces()
-    with attribute_reads(model) as record:
+    with attribute_reads(model, code) as record:
         yield traces
         traces.reads = record.reads
     for path, module in model.named_modules():
@@ -99,7 +99,7 @@ def moves(model: nn.Module, reads: Reads, path: str, name: str, value: Any) -> s
     earlier = tables_of(module).buffers.get(name)
     if earlier is None:
         earlier = stored(module, name)
-        if id(vars(module)) not in reads or name not in reads[id(vars(module))].names:
+        if key_of(module) not in reads or name not in reads[key_of(module)].names:
             return ""
     owner = f"{path}.{name}" if path else name
     if isinstance(earlier, torch.Tensor) and isinstance(value, torch.Tensor):

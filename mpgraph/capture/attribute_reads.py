@@ -17,6 +17,7 @@ from torch._dynamo.callback import callback_handler as dynamo
 
 from mpgraph.capture.detect import NeedsDynamo
 from mpgraph.capture.held import Held, held_at
+from mpgraph.code_state import CodeState
 from mpgraph.frozen import (
     EVERY,
     MISSING,
@@ -25,6 +26,7 @@ from mpgraph.frozen import (
     has_attributes,
     is_heap_type,
     is_own,
+    key_of,
     parts,
     stored,
 )
@@ -36,19 +38,20 @@ _MACHINERY = frozenset(vars(nn.Module)) - {"forward", "__dict__"}
 # What the tree of modules knows of those that are in it.
 _KNOWN = MODULE_STATE | BOOKKEEPING | _MACHINERY
 _STATE = ("_parameters", "_buffers", "_modules")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # Comparing what is deeper would exceed the depth of Python's own calls.
 _DEEPEST = 100
 Steps = tuple[Any, ...]
 
 
 class Root(NamedTuple):
-    """A module, and which of its attributes were read."""
+    """A module, a class or the globals of a file, and which of their names were read."""
 
-    module: nn.Module
+    owner: Any
     names: Names
 
 
-Reads = dict[int, Root]  # by the identity of the module's table of attributes
+Reads = dict[int, Root]  # by the identity of the module's table of attributes, or of the class
 
 
 @dataclasses.dataclass
@@ -67,7 +70,7 @@ class _Recorder:
     the module's table of attributes: that is what a module is known by.
     """
 
-    def __init__(self, model: nn.Module, record: Record) -> None:
+    def __init__(self, model: nn.Module, record: Record, code: CodeState | None) -> None:
         self._model = model
         self._record = record
         self._paths = {id(module): path for path, module in model.named_modules()}
@@ -75,10 +78,14 @@ class _Recorder:
         self._busy = self._listening = self._is_left = False
         self._at_start = {id(vars(m)): dict(vars(m)) for m in model.modules()}
         self._modules = {id(vars(m)): m for m in model.modules()}
-        # Where an object was found: the module, and the steps from there.
-        self._ways: dict[int, tuple[nn.Module, tuple[Any, ...]]] = {}
+        # Where an object was found: the module, class or file, and the steps from there.
+        self._ways: dict[int, tuple[Any, Steps]] = {}
         self._kept: list[Any] = []  # or an identity may come to mean another object
         self._classes: list[Any] = [nn.Module]
+        self._note_hooks()
+        for path, owner, name in code.objects if code else ():
+            self._paths[id(owner)] = path
+            self._enter(stored(owner, name), owner, (name,))
 
     def start(self) -> None:
         """Begin to listen, or go on."""
@@ -93,6 +100,14 @@ class _Recorder:
             self._listening = False
             for cls in self._classes:
                 type.__delattr__(cls, "__getattribute__")
+
+    def _note_hooks(self) -> None:
+        """What hooks read is read by forward, but for those of the root: they run around it."""
+        for module in [*self._model.modules()][1:]:
+            for table in _HOOKS:
+                for key, hook in vars(module)[table].items():
+                    self._names(module, (table,))
+                    self._enter(hook, module, (table, (key,)))
 
     def leave_to_dynamo(self, _: CallbackArgs) -> None:
         """Dynamo compiles a part of the model, such as a branch of ``torch.cond``.
@@ -143,31 +158,31 @@ class _Recorder:
                 self._note(module, module, (), name)
 
     def _note_of_object(self, owner: Any, name: str) -> None:
-        module, steps = self._ways[id(owner)]
+        root, steps = self._ways[id(owner)]
         if name == "__dict__":
-            self._note_every(owner, module, steps)
+            self._note_every(owner, root, steps)
         elif not name.startswith("__"):
-            self._note(owner, module, steps, name)
+            self._note(owner, root, steps, name)
 
-    def _note(self, owner: Any, module: nn.Module, steps: Steps, name: str) -> None:
-        names = self._names(module, steps)
+    def _note(self, owner: Any, root: Any, steps: Steps, name: str) -> None:
+        names = self._names(root, steps)
         if name not in names:
             names[name] = {}
-            self._enter(stored(owner, name), module, (*steps, name))
+            self._enter(stored(owner, name), root, (*steps, name))
 
-    def _note_every(self, owner: Any, module: nn.Module, steps: Steps) -> None:
-        self._names(module, steps)[EVERY] = {}
+    def _note_every(self, owner: Any, root: Any, steps: Steps) -> None:
+        self._names(root, steps)[EVERY] = {}
         for name in attribute_names(owner):
             if steps or name not in _KNOWN:
-                self._note(owner, module, steps, name)
+                self._note(owner, root, steps, name)
 
-    def _names(self, module: nn.Module, steps: Steps) -> Names:
-        names = self._record.reads.setdefault(id(vars(module)), Root(module, {})).names
+    def _names(self, root: Any, steps: Steps) -> Names:
+        names = self._record.reads.setdefault(key_of(root), Root(root, {})).names
         for step in steps:
             names = names.setdefault(step, {})
         return names
 
-    def _enter(self, value: Any, module: nn.Module, steps: Steps) -> None:
+    def _enter(self, value: Any, root: Any, steps: Steps) -> None:
         """From now on what is read inside of a value is noted under these steps."""
         if isinstance(value, (*PLAIN, torch.Tensor)) or id(value) in self._ways:
             return
@@ -175,19 +190,19 @@ class _Recorder:
             return
         if len(steps) > _DEEPEST:
             raise NeedsDynamo(f"forward reads what is {_DEEPEST} objects deep in its attributes")
-        self._ways[id(value)] = module, steps
+        self._ways[id(value)] = root, steps
         self._kept.append(value)
         if isinstance(value, nn.Module):
             self._modules |= {id(vars(m)): m for m in value.modules()}
             return
-        self._record.held += held_at(self._path(module, steps), value)
+        self._record.held += held_at(self._path(root, steps), value)
         for key, item in parts(value):
-            self._enter(item, module, (*steps, (key,)))
+            self._enter(item, root, (*steps, (key,)))
         if has_attributes(value) and not self._hears(type(value)):
-            self._note_every(value, module, steps)
+            self._note_every(value, root, steps)
 
-    def _path(self, module: nn.Module, steps: Steps) -> str:
-        path: str = self._paths.get(id(module), "")
+    def _path(self, root: Any, steps: Steps) -> str:
+        path: str = self._paths.get(id(root), "")
         for step in steps:
             path += f".{step}" if isinstance(step, str) else f"[{step[0]!r}]"
         return path.lstrip(".")
@@ -224,13 +239,14 @@ def _listen(cls: Any, note: Callable[[Any, str], None]) -> None:
 
 
 @contextlib.contextmanager
-def attribute_reads(model: nn.Module) -> Iterator[Record]:
+def attribute_reads(model: nn.Module, code: CodeState | None = None) -> Iterator[Record]:
     """Collect which attributes the block reads, of the modules and of what they hold.
 
-    If it fails, what it has changed in what they hold is put back.
+    With ``code``, also of the objects that it names. If the block fails, what it has changed in
+    any of them is put back.
     """
     record = Record()
-    recorder, outer = _Recorder(model, record), _listening[-1:]
+    recorder, outer = _Recorder(model, record, code), _listening[-1:]
     for other in outer:
         other.stop()
     _listening.append(recorder)
