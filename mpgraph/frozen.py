@@ -7,10 +7,17 @@ those attributes.
 
 from __future__ import annotations
 
+import array
 import collections
+import datetime
+import decimal
+import fractions
 import functools
+import pathlib
 import sys
 import types
+import uuid
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -28,10 +35,14 @@ EVERY = "*"
 MISSING = Opaque(types.SimpleNamespace())
 # Of a larger array only the identity is kept: its bytes would be compared at every call.
 _BYTES_OF_AN_ARRAY = 1 << 20
-_VALUES = (*PLAIN, *(kind for kind in PLAIN_TYPES if kind is not type))
+# Compared by what they are worth; some keep what they have once computed in themselves.
+VALUES = (
+    *PLAIN, *(kind for kind in PLAIN_TYPES if kind is not type), pathlib.PurePath, decimal.Decimal,
+    fractions.Fraction, datetime.date, datetime.time, datetime.timedelta, uuid.UUID,
+)  # fmt: skip
 # What no code of the user's can change, or what is looked after in another way.
 _CLOSED = (
-    *_VALUES, torch.Tensor, nn.Module, type, types.ModuleType, types.BuiltinFunctionType,
+    *VALUES, torch.Tensor, nn.Module, type, types.ModuleType, types.BuiltinFunctionType,
     types.CodeType, set, frozenset,
 )  # fmt: skip
 
@@ -56,7 +67,7 @@ def is_settled(value: Any) -> bool:
         )
     if isinstance(value, (type, types.ModuleType)):
         return not is_namespace(value)
-    kinds = (*_VALUES, torch.Tensor, nn.Module, types.BuiltinFunctionType, types.CodeType)
+    kinds = (*VALUES, torch.Tensor, nn.Module, types.BuiltinFunctionType, types.CodeType)
     return isinstance(value, kinds)
 
 
@@ -81,6 +92,10 @@ def parts(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from value.items()
     elif isinstance(value, functools.partial):
         yield from enumerate((value.func, value.args, value.keywords))
+    elif isinstance(value, slice):
+        yield from enumerate((value.start, value.stop, value.step))
+    elif isinstance(value, weakref.ref):
+        yield 0, value()
     elif isinstance(value, types.MethodType):
         yield from enumerate((value.__func__, value.__self__))
     elif isinstance(value, types.FunctionType):
@@ -110,7 +125,7 @@ def is_container(value: Any) -> bool:
     """Whether :func:`parts` says what a value is, but for attributes of its own."""
     kinds = (
         dict, list, tuple, collections.deque, types.MappingProxyType, functools.partial,
-        types.MethodType, types.FunctionType,
+        types.MethodType, types.FunctionType, slice, weakref.ref,
     )  # fmt: skip
     return isinstance(value, kinds)
 
@@ -169,7 +184,7 @@ def is_all_in_table(value: Any) -> bool:
 
 
 def _frozen(value: Any, names: Names, around: frozenset[int]) -> Any:
-    if isinstance(value, _VALUES):
+    if isinstance(value, VALUES):
         # 1, True and 1.0 are equal, and so are 0.0 and -0.0.
         return type(value), repr(value) if isinstance(value, (float, complex)) else value
     if isinstance(value, (torch.Tensor, nn.Module)) or id(value) in around:
@@ -231,7 +246,7 @@ def _content(value: Any) -> Any:
         if value.dtype.hasobject or value.nbytes > _BYTES_OF_AN_ARRAY:
             return None
         return value.dtype.str, value.shape, value.tobytes()
-    return bytes(value) if isinstance(value, bytearray) else None
+    return bytes(value) if isinstance(value, (bytearray, array.array)) else None
 
 
 def _held(value: Any, found: Any) -> Any:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import array
 import collections
 import copy
 import dataclasses
 import functools
+import itertools
+import pathlib
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -96,6 +100,7 @@ def full(value: float) -> Tensor:
     return torch.full((8,), value)
 
 
+REFERRED_TO = Gain()
 Case = tuple[Callable[[], Any], Callable[[Any, Tensor], Tensor], Callable[[Any], Any]]
 # What hangs on the module as `held`; how forward uses it; what is then done to the module.
 CASES: dict[str, Case] = {
@@ -243,6 +248,26 @@ CASES: dict[str, Case] = {
         lambda: [nn.Sequential(nn.Tanh())],
         lambda m, x: m.held[0](x),
         lambda m: m.held[0].__setitem__(0, nn.Sigmoid()),
+    ),
+    "what a weak reference leads to": (
+        lambda: weakref.ref(REFERRED_TO),
+        lambda m, x: x * m.held().gain,
+        lambda m: setattr(m.held(), "gain", 3.0),
+    ),
+    "a slice": (
+        lambda: slice(0, 4),
+        lambda m, x: x[..., m.held],
+        lambda m: setattr(m, "held", slice(4, 8)),
+    ),
+    "a path": (
+        lambda: pathlib.PurePath("a"),
+        lambda m, x: x * len(str(m.held)),
+        lambda m: setattr(m, "held", pathlib.PurePath("abc")),
+    ),
+    "an array of Python's": (
+        lambda: array.array("f", [1.0]),
+        lambda m, x: x * m.held[0],
+        lambda m: m.held.append(m.held.pop() + 2),
     ),
     "the size of a tensor": (
         lambda: torch.ones(4),
@@ -415,7 +440,7 @@ def test_listening_leaves_no_trace_on_the_classes():
     model = Holds("inside of a strategy")
     with attribute_reads(model) as record:
         model(torch.randn(2, 8))
-    (names,) = [root.names for root in record.reads.values() if root.module is model]
+    (names,) = [root.names for root in record.reads.values() if root.owner is model]
     assert "gain" in names["held"]["config"]["inner"]
     for cls in (nn.Module, Strategy, Gain, Holds):
         assert "__getattribute__" not in vars(cls)
@@ -523,3 +548,33 @@ def test_a_chain_too_long_to_compare_is_refused_by_its_reason():
     model = mpgraph.convert(Chained(), "bf16", capture="export")
     with pytest.raises(mpgraph.CaptureError, match="100 objects deep"):
         model(torch.randn(2, 8))
+
+
+@pytest.mark.parametrize("name", ["a slice", "a path"])
+def test_an_equal_value_in_the_place_of_another_is_the_same_graph(name: str):
+    model, x = mpgraph.convert(Holds(name), "bf16"), torch.randn(2, 8)
+    model(x)
+    model.held = CASES[name][0]()
+    model(x)
+    assert len(state_of(model).specialisations()) == 1
+
+
+class Advances(nn.Module):
+    def __init__(self, numbers: Any) -> None:
+        super().__init__()
+        self.layer, self.numbers = nn.Linear(8, 8), numbers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * next(self.numbers)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: iter([1, 2, 3]), lambda: itertools.count(1), lambda: itertools.cycle([1, 2])],
+    ids=["a list", "a count", "a cycle"],
+)
+@pytest.mark.filterwarnings("ignore:mpgraph")
+def test_an_iterator_goes_on_at_every_call(make: Callable[[], Any]):
+    model, x = mpgraph.convert(Advances(make()), "bf16"), torch.randn(2, 8)
+    first, second = model(x), model(x)
+    assert torch.equal(second, first * 2)

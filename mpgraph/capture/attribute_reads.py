@@ -21,6 +21,7 @@ from mpgraph.code_state import CodeState
 from mpgraph.frozen import (
     EVERY,
     MISSING,
+    VALUES,
     Names,
     attribute_names,
     has_attributes,
@@ -31,7 +32,7 @@ from mpgraph.frozen import (
     stored,
 )
 from mpgraph.places import is_foreign
-from mpgraph.plain import BOOKKEEPING, MODULE_STATE, PLAIN
+from mpgraph.plain import BOOKKEEPING, MODULE_STATE
 
 # What torch's machinery reads of a module, and not forward.
 _MACHINERY = frozenset(vars(nn.Module)) - {"forward", "__dict__"}
@@ -184,10 +185,13 @@ class _Recorder:
 
     def _enter(self, value: Any, root: Any, steps: Steps) -> None:
         """From now on what is read inside of a value is noted under these steps."""
-        if isinstance(value, (*PLAIN, torch.Tensor)) or id(value) in self._ways:
+        if isinstance(value, (*VALUES, torch.Tensor)) or id(value) in self._ways:
             return
         if isinstance(value, types.FunctionType) and not is_own(value):
             return
+        if isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools"):
+            where = self._path(root, steps)
+            raise NeedsDynamo(f"{where!r} is an iterator, which may go on at every call")
         if len(steps) > _DEEPEST:
             raise NeedsDynamo(f"forward reads what is {_DEEPEST} objects deep in its attributes")
         self._ways[id(value)] = root, steps
