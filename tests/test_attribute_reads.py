@@ -578,3 +578,24 @@ def test_an_iterator_goes_on_at_every_call(make: Callable[[], Any]):
     model, x = mpgraph.convert(Advances(make()), "bf16"), torch.randn(2, 8)
     first, second = model(x), model(x)
     assert torch.equal(second, first * 2)
+
+
+class Draws(nn.Module):
+    def __init__(self, numbers: Any) -> None:
+        super().__init__()
+        self.layer, self.numbers = nn.Linear(8, 8), numbers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * float(self.numbers.random(1)[0])
+
+
+@pytest.mark.parametrize("make", [numpy.random.RandomState, numpy.random.default_rng])
+@pytest.mark.filterwarnings("ignore:mpgraph")
+def test_numbers_from_a_generator_of_numpys_are_drawn_at_every_call(make: Callable[[int], Any]):
+    plain = Draws(make(0))
+    model = mpgraph.convert(copy.deepcopy(plain), "bf16", policy="autocast-cpu")
+    x = torch.randn(2, 8)
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            want = plain(x)
+        assert torch.equal(model(x), want)

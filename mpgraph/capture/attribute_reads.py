@@ -189,9 +189,9 @@ class _Recorder:
             return
         if isinstance(value, types.FunctionType) and not is_own(value):
             return
-        if isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools"):
-            where = self._path(root, steps)
-            raise NeedsDynamo(f"{where!r} is an iterator, which may go on at every call")
+        if _goes_on(value):
+            where, kind = self._path(root, steps), type(value).__name__
+            raise NeedsDynamo(f"{where!r} is a {kind}, which goes on from call to call")
         if len(steps) > _DEEPEST:
             raise NeedsDynamo(f"forward reads what is {_DEEPEST} objects deep in its attributes")
         self._ways[id(value)] = root, steps
@@ -225,6 +225,16 @@ class _Recorder:
             if not self._listening:
                 type.__delattr__(cls, "__getattribute__")
         return True
+
+
+def _goes_on(value: Any) -> bool:
+    """Whether it is an iterator, or draws numpy's random numbers: C keeps where it has come to.
+
+    Not a ``random.Random``: Dynamo (2.13) draws from one at the first call only, too.
+    """
+    module = type(value).__module__
+    is_iterator = isinstance(value, Iterator) and module in ("builtins", "itertools")
+    return is_iterator or module.startswith("numpy.random")
 
 
 def _state_with(table: dict[str, Any], name: str) -> str:
