@@ -40,6 +40,7 @@ class ReadGuard:
     def __init__(self) -> None:
         self._roots: dict[int, tuple[Any, Names]] = {}
         self._frozen: list[Any] = []
+        self._values: list[Any] = []
         self._build()
 
     def add(self, reads: Mapping[int, tuple[Any, Names]]) -> None:
@@ -51,16 +52,28 @@ class ReadGuard:
 
     def holds(self) -> bool:
         """Whether every value is what it was when it was added."""
+        return self.is_untouched() or self.is_equal()
+
+    def is_untouched(self) -> bool:
+        """Whether the same objects, or equal numbers and strings, are in every place."""
         values = [table.get(name, MISSING) for table, name in self._places]
-        if (
-            all(map(operator.is_, values, self._values))
+        return (
+            (all(map(operator.is_, values, self._values)) or self._are_equal(values))
             and all(tensor_kind(t.get(n)) == kind for t, n, kind in self._tensors)
             and all(_is_same(contents(value), then) for value, then in self._contents)
             and all(freeze(value, names) == then for value, names, then in self._others)
             and all(attribute_names(owner) == then for owner, then in self._tables)
-        ):
-            return True
-        # Something else is in a place: an equal one, perhaps.
+        )
+
+    def _are_equal(self, values: list[Any]) -> bool:
+        moved = ((a, b) for a, b in zip(values, self._values, strict=True) if a is not b)
+        if not all(is_settled(a) and is_settled(b) and freeze(a) == freeze(b) for a, b in moved):
+            return False
+        self._values = values
+        return True
+
+    def is_equal(self) -> bool:
+        """Whether every value is what it was when it was added, in whatever objects."""
         if self._freeze() != self._frozen:
             return False
         self._build()
@@ -134,8 +147,10 @@ class ReadVersions:
 
     def number(self) -> int:
         """The number of what is there now; a new one if nothing was captured with it."""
-        if not self._guards[self._current].holds():
-            holding = (i for i, guard in enumerate(self._guards) if guard.holds())
+        if not self._guards[self._current].is_untouched():
+            # Freezing takes longer than to look into some guards.
+            checks = (ReadGuard.is_untouched, ReadGuard.is_equal)
+            holding = (i for holds in checks for i, g in enumerate(self._guards) if holds(g))
             self._current = next(holding, len(self._guards))
             if self._current == len(self._guards):
                 self._guards.append(ReadGuard())

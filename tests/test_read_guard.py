@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from mpgraph import read_guard
-from mpgraph.read_guard import ReadGuard
+from mpgraph.read_guard import ReadGuard, ReadVersions
 
 
 class Part:
@@ -76,3 +76,27 @@ def test_what_refers_to_itself_is_looked_at_once():
     assert guard.holds()
     held.items.append(1)
     assert not guard.holds()
+
+
+def test_an_equal_number_in_the_place_of_one_costs_no_more():
+    module = nn.Identity()
+    module.gain = 1e3
+    guard = ReadGuard()
+    guard.add({id(vars(module)): (module, {"gain": {}})})
+    module.gain = float("1e3")
+    assert guard.is_untouched()
+    module.gain = 1000
+    assert not guard.holds()
+    module.gain = 1e3
+    assert guard.is_untouched()
+
+
+def test_the_number_of_earlier_values_is_found_again():
+    module = nn.Identity()
+    versions = ReadVersions()
+    numbers = []
+    for gain in (1.0, 2.0, 1.0, 2.0):
+        module.gain = gain
+        numbers.append(versions.number())
+        versions.note({id(vars(module)): (module, {"gain": {}})})
+    assert numbers == [0, 1, 0, 1]
