@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+import random
 import types
 import weakref
 from collections.abc import Callable
@@ -599,3 +600,14 @@ def test_numbers_from_a_generator_of_numpys_are_drawn_at_every_call(make: Callab
         with torch.autocast("cpu", torch.bfloat16):
             want = plain(x)
         assert torch.equal(model(x), want)
+
+
+def test_a_random_number_generator_that_both_engines_would_freeze_is_refused():
+    numbers = random.Random(0)
+    model = mpgraph.convert(
+        Draws(types.SimpleNamespace(random=lambda n: [numbers.random()])), "bf16"
+    )
+    before = numbers.getstate()
+    with pytest.raises(mpgraph.CaptureError, match=r"a random\.Random of the model's own"):
+        model(torch.randn(2, 8))
+    assert numbers.getstate() == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import random
 import sys
 import threading
 import types
@@ -18,6 +19,7 @@ from torch._dynamo.callback import callback_handler as dynamo
 from mpgraph.capture.detect import NeedsDynamo
 from mpgraph.capture.held import Held, held_at
 from mpgraph.code_state import CodeState
+from mpgraph.errors import CaptureError
 from mpgraph.frozen import (
     EVERY,
     MISSING,
@@ -81,6 +83,7 @@ class _Recorder:
         self._modules = {id(vars(m)): m for m in model.modules()}
         # Where an object was found: the module, class or file, and the steps from there.
         self._ways: dict[int, tuple[Any, Steps]] = {}
+        self._random: list[tuple[str, random.Random, Any]] = []
         self._kept: list[Any] = []  # or an identity may come to mean another object
         self._classes: list[Any] = [nn.Module]
         self._note_hooks()
@@ -199,11 +202,29 @@ class _Recorder:
         if isinstance(value, nn.Module):
             self._modules |= {id(vars(m)): m for m in value.modules()}
             return
+        if isinstance(value, random.Random):
+            self._random.append((self._path(root, steps), value, value.getstate()))
         self._record.held += held_at(self._path(root, steps), value)
         for key, item in parts(value):
             self._enter(item, root, (*steps, (key,)))
         if has_attributes(value) and not self._hears(type(value)):
             self._note_every(value, root, steps)
+
+    def refuse_draws(self) -> None:
+        """Refuse numbers that both engines would draw once: Dynamo (2.13) does, too.
+
+        Raises:
+            CaptureError: A ``random.Random`` on the model is not where it was.
+        """
+        for path, numbers, before in self._random:
+            if numbers.getstate() != before:
+                numbers.setstate(before)
+                raise CaptureError(
+                    f"forward draws from {path!r}, a random.Random of the model's own, and a "
+                    "captured call would draw one number for all calls. Draw from torch "
+                    "(torch.rand(())), from Python's random module or from numpy instead, or "
+                    "before the call, and pass the number as a tensor."
+                )
 
     def _path(self, root: Any, steps: Steps) -> str:
         path: str = self._paths.get(id(root), "")
@@ -230,7 +251,7 @@ class _Recorder:
 def _goes_on(value: Any) -> bool:
     """Whether it is an iterator, or draws numpy's random numbers: C keeps where it has come to.
 
-    Not a ``random.Random``: Dynamo (2.13) draws from one at the first call only, too.
+    Dynamo leaves these to Python. Of a ``random.Random`` see :meth:`_Recorder.refuse_draws`.
     """
     module = type(value).__module__
     is_iterator = isinstance(value, Iterator) and module in ("builtins", "itertools")
@@ -269,6 +290,7 @@ def attribute_reads(model: nn.Module, code: CodeState | None = None) -> Iterator
     dynamo.register_end_callback(recorder.resume)
     try:
         yield record
+        recorder.refuse_draws()
     except BaseException:
         recorder.stop()
         for item in record.held:
