@@ -174,6 +174,8 @@ ROWS: tuple[Row, ...] = (
     row("embedding_bag padded", _bag(mode="mean", padding_idx=2), (Ints((8,), 4), (7, 3))),
     row("embedding_bag max padded", _bag(mode="max", padding_idx=2), (Ints((8,), 4), (7, 3))),
     row("embedding_bag last offset", _bag(include_last_offset=True), (Ints((6,), 7), (7, 3)), fixed=True),
+    row("embedding_bag sum, last offset", _bag(mode="sum", include_last_offset=True), (Ints((6,), 7), (7, 3)), fixed=True),
+    row("embedding_bag sum padded", _bag(mode="sum", padding_idx=2), (Ints((8,), 4), (7, 3))),
     row("embedding_bag weighted", lambda i, w, s: F.embedding_bag(i, w, per_sample_weights=s, mode="sum"), (Ints((2, 5), 7), (7, 3), (2, 5))),
     # Sizes
     row("interpolate linear, corners", lambda x: F.interpolate(x, size=7, mode="linear", align_corners=True), _LINE),
