@@ -38,6 +38,12 @@ def _ctc_of_all(x: Tensor, y: Tensor) -> Tensor:
     return F.ctc_loss(x.log_softmax(-1), y.clamp(min=1), steps, sizes, zero_infinity=True)
 
 
+# torch 2.11 lacks it.
+_NEW = [
+    row(name, getattr(F, name), ((4, 3), (5, 3), Ints((4,), 5)))
+    for name in ("linear_cross_entropy",)
+    if hasattr(F, name)
+]
 ROWS: tuple[Row, ...] = (
     row("mse sum", lambda x, y: F.mse_loss(x, y, reduction="sum"), _PAIR),
     row("mse of each", lambda x, y: F.mse_loss(x, y, reduction="none"), _PAIR),
@@ -80,7 +86,7 @@ ROWS: tuple[Row, ...] = (
     row("cross_entropy of one", F.cross_entropy, ((5,), Ints((), 5))),
     row("cross_entropy with all", lambda x, y, w: F.cross_entropy(x, y, w.detach(), ignore_index=2, label_smoothing=0.1), ((6, 5), Ints((6,), 5), Positive((5,)))),
     row("cross_entropy of probabilities, with all", lambda x, y, w: F.cross_entropy(x, y.softmax(1), w.detach(), label_smoothing=0.1), ((4, 5), (4, 5), Positive((5,)))),
-    row("linear_cross_entropy", F.linear_cross_entropy, ((4, 3), (5, 3), Ints((4,), 5))),
+    *_NEW,
     row("pairwise_distance", F.pairwise_distance, ((4, 5), (4, 5))),
     row("pdist", torch.pdist, ((4, 5),), fixed=True),
     row("ctc", _ctc((3, 9, 2, 9), [[1, 2, 2], [3, 1, 0]]), ((9, 2, 5),), quick=True),
