@@ -181,6 +181,9 @@ def _feeds(folder: Path, batch: Any) -> dict[str, Any]:
         feeds[number.name] = np.array(number.value, dtype=number.dtype)
     feeds |= _arrays(trainer.inputs, batch)
     graph = trainer.manifest.graphs["train_step.onnx"]
+    for tensor in trainer.manifest.state:
+        if tensor.pieces:
+            feeds[tensor.name] = feeds[tensor.name].reshape(tensor.pieces)
     known = {*graph.reads, *trainer.inputs, *(n.name for n in trainer.manifest.numbers)}
     return {name: value for name, value in feeds.items() if name in known}
 

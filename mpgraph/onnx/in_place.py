@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mpgraph.onnx.dependencies import Dependencies
+
 # Element by element, each from the same place of its inputs: writing over an input is safe.
 _ELEMENTWISE = frozenset({"Where", "Add", "Sub", "Mul", "Div", "Min", "Max", "Clip"})
-# Who reads the result may read the input itself: a view returns its memory, and onnxruntime folds
-# transposes and casts into the matrix products behind them.
-_VIEWS = frozenset(
-    {"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Transpose", "Cast", "Expand"}
-)
+# Of a Scan that takes and makes the pieces of the first dimension in their order.
+_FORWARD = frozenset({"body", "num_scan_inputs"})
 
 
 def in_place(model: Any, state: Mapping[str, str]) -> frozenset[str]:
     """The state tensors that every reader has read before their next value is written.
 
     That holds in whatever order a runtime runs the nodes: each reader is an ancestor of the node
-    that computes the next value, or that node itself, which works element by element.
+    that computes the next value, or that node itself, which works element by element. A Scan that
+    takes the tensor in pieces and makes the pieces of its next value is such a node, if the same
+    holds of one piece in its body: it reads a piece in one round only.
 
     Args:
         model: An ``onnx_ir.Model`` of a step.
@@ -26,54 +27,38 @@ def in_place(model: Any, state: Mapping[str, str]) -> frozenset[str]:
     """
     inputs = {value.name: value for value in model.graph.inputs}
     outputs = {value.name: value for value in model.graph.outputs}
-    order = {node: index for index, node in enumerate(model.graph)}
-    ancestors = _ancestors(order)
+    dependencies = Dependencies(model.graph)
     return frozenset(
         name
         for name, following in state.items()
-        if _is_safe(inputs[name], outputs[following], order, ancestors)
+        if _is_safe(inputs[name], outputs[following], dependencies)
     )
 
 
-def _ancestors(order: Mapping[Any, int]) -> dict[Any, int]:
-    """For each node, a bit for every node that it depends on, and for itself."""
-    found: dict[Any, int] = {}
-    for node, index in order.items():
-        bits = 1 << index
-        for value in node.inputs:
-            producer = value.producer() if value is not None else None
-            if producer is not None:
-                bits |= found[producer]
-        found[node] = bits
-    return found
-
-
-def _is_safe(
-    place: Any, value: Any, order: Mapping[Any, int], ancestors: Mapping[Any, int]
-) -> bool:
+def _is_safe(place: Any, value: Any, dependencies: Dependencies) -> bool:
     writer = value.producer()
-    if writer is None or writer.op_type not in _ELEMENTWISE:
+    if writer is None or not _keeps_places(writer, place, value):
         return False
-    for reader, through_view in _readers(place):
+    for reader, through_view in dependencies.readers(place):
         if reader is writer:
             if through_view or _is_broadcast(place, value):
                 return False
-        elif not ancestors[writer] >> order[reader] & 1:
+        elif not dependencies.needs([writer], reader):
             return False
     return True
 
 
-def _readers(place: Any) -> list[tuple[Any, bool]]:
-    """Every node that reads the memory of a value, and whether it does through a view of it."""
-    found: list[tuple[Any, bool]] = []
-    waiting = [(place, False)]
-    while waiting:
-        value, is_view = waiting.pop()
-        for node, _ in value.uses():
-            found.append((node, is_view))
-            if node.op_type in _VIEWS:
-                waiting += [(output, True) for output in node.outputs]
-    return found
+def _keeps_places(writer: Any, place: Any, value: Any) -> bool:
+    """Whether a node reads of ``place``, if at all, only what it then writes over."""
+    if writer.op_type != "Scan" or writer.domain:
+        return writer.op_type in _ELEMENTWISE
+    taken = [index for index, given in enumerate(writer.inputs) if given is place]
+    body = writer.attributes["body"].as_graph()
+    carried = len(writer.inputs) - writer.attributes["num_scan_inputs"].as_int()
+    made = writer.outputs.index(value)
+    if len(taken) > 1 or min([*taken, made]) < carried or not writer.attributes.keys() <= _FORWARD:
+        return False
+    return not taken or _is_safe(body.inputs[taken[0]], body.outputs[made], Dependencies(body))
 
 
 def _is_broadcast(place: Any, value: Any) -> bool:

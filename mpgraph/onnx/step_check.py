@@ -24,7 +24,11 @@ FACTOR = 4.0
 
 
 def check_step(
-    folder: Path, graph: StepGraph, values: Mapping[str, torch.Tensor], leaves: Sequence[Any]
+    folder: Path,
+    graph: StepGraph,
+    values: Mapping[str, torch.Tensor],
+    leaves: Sequence[Any],
+    pieces: Mapping[str, tuple[int, ...]],
 ) -> float:
     """The largest difference over one step from the state at export.
 
@@ -36,7 +40,7 @@ def check_step(
     """
     given = [_given(port, values, leaves) for port in _with_index(graph)]
     expected, moved = _in_torch(graph, given), _in_torch(graph, _nudged(graph, given))
-    found = _run(folder, graph, given)
+    found = _run(folder, graph, given, pieces)
     names = [*graph.results, *(next_name(port.name) for port in graph.state())]
     before = dict(zip((next_name(p.name) for p in graph.ports), given, strict=True))
     noisy = _noisy(graph)
@@ -132,7 +136,12 @@ def _given(
     return values[port.name]
 
 
-def _run(folder: Path, graph: StepGraph, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _run(
+    folder: Path,
+    graph: StepGraph,
+    given: Sequence[torch.Tensor],
+    pieces: Mapping[str, tuple[int, ...]],
+) -> list[torch.Tensor]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -140,8 +149,12 @@ def _run(folder: Path, graph: StepGraph, given: Sequence[torch.Tensor]) -> list[
     session = onnxruntime.InferenceSession(
         str(folder / files.TRAIN), options, providers=["CPUExecutionProvider"]
     )
-    feeds = {port.name: value.numpy() for port, value in zip(graph.ports, given, strict=True)}
-    return [torch.from_numpy(value) for value in session.run(None, feeds)]
+    pairs = list(zip(graph.ports, given, strict=True))
+    whole = {next_name(port.name): value.shape for port, value in pairs if port.name in pieces}
+    feeds = {p.name: v.reshape(pieces.get(p.name, v.shape)).numpy() for p, v in pairs}
+    names = [output.name for output in session.get_outputs()]
+    found = zip(names, map(torch.from_numpy, session.run(None, feeds)), strict=True)
+    return [value.reshape(whole.get(name, value.shape)) for name, value in found]
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:

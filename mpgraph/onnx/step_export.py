@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mpgraph.onnx.chunk_updates import chunk_updates
 from mpgraph.onnx.extra import library
 from mpgraph.onnx.forward_trace import evaluation, model_results, trace_question
 from mpgraph.onnx.from_graph import translate
@@ -84,8 +85,9 @@ def _export(
         if inference and question is not None:
             graphs[name] = trace_question(step, question, goal, state)
     models = {name: translated(part, goal) for name, part in graphs.items()}
+    pieces = _in_pieces(models[files.TRAIN], graph, goal)
     values = _values(graphs.values(), seed)
-    manifest = _manifest(step, graphs, models[files.TRAIN], goal, values)
+    manifest = _manifest(step, graphs, models[files.TRAIN], goal, values, pieces)
     path.mkdir(parents=True, exist_ok=True)
     # Beside where it belongs: a step that fails its check leaves what was there.
     with tempfile.TemporaryDirectory(dir=path, prefix=".partial-") as partial:
@@ -97,7 +99,7 @@ def _export(
         sums = {name: files.checksum(made / name) for name in written}
         manifest = dataclasses.replace(manifest, files=sums)
         manifest.write(made)
-        error = check_step(made, graph, values, leaves) if verify else None
+        error = check_step(made, graph, values, leaves, pieces) if verify else None
         for name in (*written, files.MANIFEST):
             (made / name).replace(path / name)
     sizes = {name: (path / name).stat().st_size for name in (*written, files.MANIFEST)}
@@ -119,6 +121,17 @@ def translated(graph: StepGraph, target: Target) -> Any:
     dims = {graph.symbol: "batch"} if graph.symbol else {}
     inputs = [port.name for port in graph.ports]
     return translate(graph.graph_module, inputs, outputs, opset=target.opset, dims=dims)
+
+
+def _in_pieces(model: Any, graph: StepGraph, target: Target) -> dict[str, tuple[int, int]]:
+    """Compute large updates in pieces where that helps; by name, the shapes of their state."""
+    if not target.piece:
+        return {}
+    return chunk_updates(model, _following(graph), target.piece)
+
+
+def _following(graph: StepGraph) -> dict[str, str]:
+    return {port.name: next_name(port.name) for port in graph.state()}
 
 
 def _write(
@@ -160,6 +173,7 @@ def _manifest(
     model: Any,
     target: Target,
     values: Mapping[str, torch.Tensor],
+    pieces: Mapping[str, tuple[int, int]],
 ) -> files.Manifest:
     import onnx
 
@@ -167,7 +181,7 @@ def _manifest(
 
     train = graphs[files.TRAIN]
     ports = {port.name: port for graph in graphs.values() for port in graph.ports}
-    safe = in_place(model, {port.name: next_name(port.name) for port in train.state()})
+    safe = in_place(model, _following(train))
     _, frozen = _names(graphs)
     return files.Manifest(
         precision=step.settings.state.settings.precision.name,
@@ -176,7 +190,7 @@ def _manifest(
         opset=target.opset,
         accumulation_steps=step.accumulation_steps,
         batch_size="batch" if train.symbol else _batch_size(train),
-        state=state_of_ports(train.state(), safe),
+        state=state_of_ports(train.state(), safe, pieces),
         frozen=tuple(tensor_of(name, ports[name].value, "") for name in frozen),
         numbers=tuple(
             files.Number(p.name, dtype_name(p.value.dtype), float(values[p.name]))

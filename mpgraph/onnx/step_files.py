@@ -31,12 +31,15 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def state_of_ports(ports: Sequence[Port], in_place: frozenset[str]) -> tuple[Any, ...]:
+def state_of_ports(
+    ports: Sequence[Port], in_place: frozenset[str], pieces: Mapping[str, tuple[int, ...]]
+) -> tuple[Any, ...]:
     """How a manifest describes the state."""
     return tuple(
         files.StateTensor(
             port.name, dtype_name(port.value.dtype), tuple(map(int, port.value.shape)),
             next_name(port.name), port.kind, port.same, port.name in in_place,
+            pieces.get(port.name, ()),
         )
         for port in ports
     )  # fmt: skip

@@ -29,6 +29,7 @@ class Target:
         opset: The version of the ai.onnx operators that the file uses.
         native: For each 16-bit dtype, the ONNX operators that run in it and round as it does.
         since: Operators that do so from a later opset on.
+        piece: How many elements of an update are computed at a time, at most; 0 for all.
         io: The floating-point dtypes that a file's inputs and outputs may have.
         reason: Why, for people.
     """
@@ -40,6 +41,7 @@ class Target:
     io: frozenset[torch.dtype]
     reason: str
     since: Mapping[torch.dtype, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    piece: int = 0
 
     def runs(self, operator: str, dtype: torch.dtype) -> bool:
         """Whether an ONNX operator runs in this 16-bit dtype, and rounds as it does."""
@@ -66,10 +68,13 @@ class TargetContext(PassContext):
 
 
 _FP32 = frozenset({torch.float32})
+# 512 KiB in fp32: what an update keeps of a piece is in a core's second cache, or near it.
+_PIECE = 128 * 1024
 TARGETS: dict[str, Target] = {
     "cpu": Target(
         "cpu", "CPUExecutionProvider", 18, rows.CPU, _FP32 | HALVES,
         "has kernels for 16-bit data movement alone; computes in fp32 between casts",
+        piece=_PIECE,
     ),
     "cuda": Target(
         "cuda", "CUDAExecutionProvider", 22, rows.CUDA, _FP32 | HALVES,

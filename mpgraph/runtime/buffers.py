@@ -42,8 +42,17 @@ class Buffers:
         """Read every tensor from where it is at this turn, and write it to where it then is."""
         for tensor in self.state:
             pair = self._pairs[tensor.name]
+            if tensor.pieces:
+                self._bind_pieces(binding, tensor, pair[turn], pair[1 - turn])
+                continue
             binding.bind_ortvalue_input(tensor.name, pair[turn])
             binding.bind_ortvalue_output(tensor.output, pair[1 - turn])
+
+    def _bind_pieces(self, binding: Any, tensor: StateTensor, read: Any, written: Any) -> None:
+        """The same memory in another shape."""
+        how = self.device, 0, np.dtype(tensor.dtype), tensor.pieces
+        binding.bind_input(tensor.name, *how, read.data_ptr())
+        binding.bind_output(tensor.output, *how, written.data_ptr())
 
     def swap(self) -> None:
         """A step has run: its results are the state."""

@@ -11,7 +11,9 @@ from typing import Any
 
 from mpgraph.runtime.errors import FolderError
 
-FORMAT = 1
+FORMAT = 2
+# The format before had no state in pieces, and is read as it was.
+READ = (1, FORMAT)
 MANIFEST = "manifest.json"
 TRAIN, EVALUATE, INFER = "train_step.onnx", "evaluate.onnx", "infer.onnx"
 STATE, FROZEN = "state.safetensors", "frozen.safetensors"
@@ -37,12 +39,15 @@ class StateTensor(Tensor):
         same: Names of counters that are equal to this one, and stay so.
         in_place: Whether its next value may be written where it lies: in the graph, everything
             that reads it comes before what computes that value.
+        pieces: The shape that ``train_step.onnx`` takes and returns it in, where that is not its
+            own: the same elements in the same order, in equal pieces.
     """
 
     output: str
     kind: str
     same: tuple[str, ...] = ()
     in_place: bool = False
+    pieces: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +130,7 @@ def read_manifest(folder: Path) -> Manifest:
     except ValueError as error:
         raise FolderError(f"{path} is damaged: {error}. Export the step again.") from error
     version = found.get("format") if isinstance(found, dict) else None
-    if version != FORMAT:
+    if version not in READ:
         raise FolderError(
             f"{path} has format {version!r}, and this mpgraph reads format {FORMAT}. Export the "
             "step again with this version, or install the one that wrote it: "
