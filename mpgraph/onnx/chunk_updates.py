@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mpgraph.onnx.dependencies import Dependencies
-from mpgraph.onnx.update_regions import regions, shape_of
+from mpgraph.onnx.update_regions import infer_types, leaves, regions, shape_of
 from mpgraph.onnx.update_scans import Pieces, Update, replace_by_scan, reshaped
 
 # Smaller tensors stay in the cache by themselves.
@@ -42,6 +42,7 @@ def chunk_updates(model: Any, state: Mapping[str, str], size: int) -> dict[str, 
         By input name, the shape in pieces.
     """
     graph = model.graph
+    infer_types(graph)
     places = _large(graph, state)
     parts = regions(graph, places)
     found = [update for nodes in parts if (update := _update(nodes, places, size))]
@@ -76,7 +77,7 @@ def _update(nodes: Sequence[Any], places: Mapping[Any, Any], size: int) -> Updat
     shape = shape_of(written[0])
     assert shape is not None
     pieces = pieces_of(math.prod(shape), size)
-    if len(nodes) < NODES or pieces is None:
+    if len(nodes) < NODES or pieces is None or any(v.type is None for v in leaves(nodes)):
         return None
     return Update(nodes, written, [places[value] for value in written], pieces)
 
@@ -118,6 +119,6 @@ def _fold(graph: Any, place: Any, pieces: Pieces) -> None:
     others = [use for use in place.uses() if use.node.op_type != "Scan"]
     place.shape = onnx_ir.Shape(pieces)
     if others:
-        whole = reshaped(graph, place, shape, before=graph[0])
+        whole = reshaped(graph, place, shape, f"{place.name}.whole", before=graph[0])
         for node, index in others:
             node.replace_input_with(index, whole)

@@ -6,12 +6,20 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
+
 # One element of each full-sized input, and numbers, make one element of the result.
 ELEMENTWISE = frozenset(
     {
         "Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Sqrt", "Neg", "Abs", "Sign", "Exp", "Log",
-        "Reciprocal", "Clip", "Where", "Cast", "Identity", "IsNaN", "IsInf", "And", "Or", "Not",
-        "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual",
+        "Reciprocal", "Clip", "Identity", "Where", "Cast",
+    }
+)  # fmt: skip
+# The same, whose result is true or false.
+_TESTS = frozenset(
+    {
+        "IsNaN", "IsInf", "And", "Or", "Not", "Equal", "Less", "LessOrEqual", "Greater",
+        "GreaterOrEqual",
     }
 )  # fmt: skip
 Shape = tuple[int, ...]
@@ -57,12 +65,50 @@ def _join(found: dict[Any, list[Any]], node: Any, readers: Sequence[Any]) -> Non
 
 def is_elementwise(node: Any) -> bool:
     """Whether each input of a node is as large as its result, or one number."""
-    if node.domain or node.op_type not in ELEMENTWISE or len(node.outputs) != 1:
+    if node.domain or node.op_type not in ELEMENTWISE | _TESTS:
         return False
     size = shape_of(node.outputs[0])
     return size is not None and all(
         value is not None and (shape_of(value) == size or is_number(value)) for value in node.inputs
     )
+
+
+def infer_types(graph: Any) -> None:
+    """Write down the types and shapes of element-wise results that the exporter left out.
+
+    A number that is cast to the type that it has, so that another value is read for its type
+    alone, is taken without the cast.
+    """
+    import onnx_ir
+
+    for node in graph:
+        if node.op_type == "CastLike" and not node.outputs[0].is_graph_output():
+            _drop_same_cast(node)
+        if node.domain or node.op_type not in ELEMENTWISE | _TESTS or None in node.inputs:
+            continue
+        (value,) = node.outputs
+        shapes = [shape for given in node.inputs if (shape := shape_of(given)) is not None]
+        if value.shape is None and len(shapes) == len(node.inputs):
+            value.shape = onnx_ir.Shape(np.broadcast_shapes(*shapes))
+        value.type = value.type or _type(node)
+
+
+def _drop_same_cast(node: Any) -> None:
+    given, like = node.inputs
+    if given.type is not None and given.type == like.type:
+        for reader, index in node.outputs[0].uses():
+            reader.replace_input_with(index, given)
+        node.graph.remove(node, safe=True)
+
+
+def _type(node: Any) -> Any:
+    import onnx_ir
+
+    if node.op_type in _TESTS:
+        return onnx_ir.TensorType(onnx_ir.DataType.BOOL)
+    if node.op_type == "Cast":
+        return onnx_ir.TensorType(onnx_ir.DataType(node.attributes["to"].as_int()))
+    return node.inputs[node.op_type == "Where"].type
 
 
 def is_number(value: Any) -> bool:

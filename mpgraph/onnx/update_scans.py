@@ -37,8 +37,14 @@ def replace_by_scan(graph: Any, update: Update) -> None:
     import onnx_ir
 
     read = leaves(update.nodes)
-    carried = [first_number(graph, value) for value in update.before]
-    taken = [v if v in update.places else reshaped(graph, v, update.pieces) for v in read]
+    place = update.places[0].name
+    carried = [_first_number(graph, value, place) for value in update.before]
+    taken = [
+        value
+        if value in update.places
+        else reshaped(graph, value, update.pieces, f"{value.name}.for.{place}")
+        for value in read
+    ]
     scan = onnx_ir.node(
         "Scan", [*carried, *taken],
         {"body": _body(update, read, carried), "num_scan_inputs": len(taken)},
@@ -47,7 +53,7 @@ def replace_by_scan(graph: Any, update: Update) -> None:
     graph.append(scan)
     kept, made = scan.outputs[: len(carried)], scan.outputs[len(carried) :]
     for value, after in zip(carried, kept, strict=True):
-        _describe(after, f"{value.name}.before.{update.places[0].name}", value, value.shape)
+        _describe(after, f"{value.name}.after", value, value.shape)
     for old, new in zip(update.written, made, strict=True):
         _describe(new, old.name, old, update.pieces)
         graph.outputs[graph.outputs.index(old)] = new
@@ -60,12 +66,11 @@ def _body(update: Update, read: Sequence[Any], carried: Sequence[Any]) -> Any:
     import onnx_ir
 
     place = update.places[0].name
-    nodes = [onnx_ir.node("Identity", [_inner(value, place, value.shape)]) for value in carried]
-    for node in nodes:
-        _describe(
-            node.outputs[0], f"{node.inputs[0].name}.kept", node.inputs[0], node.inputs[0].shape
-        )
-    kept, passed = [node.inputs[0] for node in nodes], [node.outputs[0] for node in nodes]
+    kept = [_inner(value, place, value.shape) for value in carried]
+    nodes = [onnx_ir.node("Identity", [value]) for value in kept]
+    passed = [node.outputs[0] for node in nodes]
+    for value, same in zip(kept, passed, strict=True):
+        _describe(same, f"{value.name}.kept", value, value.shape)
     values = {value: _inner(value, place, update.pieces[1:]) for value in read}
     for node in update.nodes:
         inputs = [values.get(value, value) for value in node.inputs]
@@ -98,21 +103,19 @@ def _describe(value: Any, name: str, like: Any, shape: Any) -> None:
     value.name, value.type, value.shape = name, like.type, onnx_ir.Shape(shape)
 
 
-def first_number(graph: Any, value: Any) -> Any:
+def _first_number(graph: Any, value: Any, place: str) -> Any:
     """The first element of a value in all its dimensions, computed at the end of a graph."""
     import onnx_ir
 
     rank = len(value.shape)
-    if not rank:
-        return value
     bounds = [_sizes([bound] * rank) for bound in (0, 1)]
     cut = onnx_ir.node("Slice", [value, *(node.outputs[0] for node in bounds)])
     graph.extend([*bounds, cut])
-    _describe(cut.outputs[0], f"{value.name}.first", value, [None] * rank)
+    _describe(cut.outputs[0], f"{value.name}.before.{place}", value, [None] * rank)
     return cut.outputs[0]
 
 
-def reshaped(graph: Any, value: Any, shape: Sequence[int], before: Any = None) -> Any:
+def reshaped(graph: Any, value: Any, shape: Sequence[int], name: str, before: Any = None) -> Any:
     """A view of a value, computed at the end of a graph or before one of its nodes."""
     import onnx_ir
 
@@ -122,7 +125,7 @@ def reshaped(graph: Any, value: Any, shape: Sequence[int], before: Any = None) -
         graph.extend([sizes, view])
     else:
         graph.insert_before(before, [sizes, view])
-    _describe(view.outputs[0], f"{value.name}.{'x'.join(map(str, shape))}", value, shape)
+    _describe(view.outputs[0], name, value, shape)
     return view.outputs[0]
 
 
