@@ -54,8 +54,15 @@ const [train, test, losses] = [readTensors("train"), readTensors("test"), []];
 const step = await load("train_step.onnx");
 for (let start = 0; start < Object.values(train)[0].dims[0]; start += BATCH) {
   const batch = mapped(train, (tensor) => rows(tensor, start));
-  const results = await step.run({ ...batch, ...numbers, ...reads("train_step.onnx") });
-  for (const { name, output } of manifest.state) state[name] = results[output];
+  const given = reads("train_step.onnx");
+  // A step takes and returns large tensors in pieces: the same numbers in another shape.
+  for (const { name, pieces } of manifest.state) {
+    if (pieces.length) given[name] = given[name].reshape(pieces);
+  }
+  const results = await step.run({ ...batch, ...numbers, ...given });
+  for (const { name, output, shape } of manifest.state) {
+    state[name] = results[output].reshape(shape);
+  }
   losses.push(results.loss.data[0]);
 }
 writeFileSync(`${folder}/losses-${runtime}.json`, JSON.stringify(losses));

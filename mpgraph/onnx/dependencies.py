@@ -7,7 +7,7 @@ from typing import Any
 
 # Who reads the result may read the input itself: a view returns its memory, and onnxruntime folds
 # transposes and casts into the matrix products behind them.
-_VIEWS = frozenset(
+VIEWS = frozenset(
     {"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Transpose", "Cast", "Expand"}
 )
 
@@ -51,7 +51,7 @@ class Dependencies:
             for user, _ in value.uses():
                 node = self._owner.get(user, user)
                 found.append((node, is_view or node is not user))
-                if node.op_type in _VIEWS:
+                if node.op_type in VIEWS:
                     waiting += [(output, True) for output in node.outputs]
         return found
 

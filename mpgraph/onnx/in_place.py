@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mpgraph.onnx.dependencies import Dependencies
+from mpgraph.onnx.dependencies import VIEWS, Dependencies
 
 # Element by element, each from the same place of its inputs: writing over an input is safe.
 _ELEMENTWISE = frozenset({"Where", "Add", "Sub", "Mul", "Div", "Min", "Max", "Clip"})
@@ -43,7 +43,7 @@ def _is_safe(place: Any, value: Any, dependencies: Dependencies) -> bool:
         if reader is writer:
             if through_view or _is_broadcast(place, value):
                 return False
-        elif not dependencies.needs([writer], reader):
+        elif not dependencies.needs([writer], reader) or _is_returned_view(reader):
             return False
     return True
 
@@ -59,6 +59,10 @@ def _keeps_places(writer: Any, place: Any, value: Any) -> bool:
     if len(taken) > 1 or min([*taken, made]) < carried or not writer.attributes.keys() <= _FORWARD:
         return False
     return not taken or _is_safe(body.inputs[taken[0]], body.outputs[made], Dependencies(body))
+
+
+def _is_returned_view(node: Any) -> bool:
+    return node.op_type in VIEWS and any(value.is_graph_output() for value in node.outputs)
 
 
 def _is_broadcast(place: Any, value: Any) -> bool:
