@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mpgraph
+from mpgraph.onnx.targets import TARGETS
 
 save_file = pytest.importorskip("safetensors.numpy").save_file
 
@@ -119,10 +121,19 @@ CASES = [("bf16", "cpu"), ("fp16", "web"), pytest.param("fp32", "web", marks=pyt
 
 @pytest.mark.parametrize(("precision", "target"), CASES)
 def test_javascript_trains_to_the_losses_of_python(
-    script: Path, tmp_path: Path, precision: str, target: str
+    script: Path, tmp_path: Path, precision: str, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In Node's build of onnxruntime bit for bit; the one for browsers adds in another order."""
+    """In Node's build of onnxruntime bit for bit; the one for browsers adds in another order.
+
+    For the CPU with an update in pieces.
+    """
+    monkeypatch.setattr("mpgraph.onnx.chunk_updates.ELEMENTS", 48)
+    cpu = dataclasses.replace(TARGETS["cpu"], piece=16)
+    monkeypatch.setitem(TARGETS, "cpu", cpu)
     export(tmp_path, precision, target)
+    manifest = json.loads((tmp_path / "step" / "manifest.json").read_text())
+    pieces = {tensor["name"]: tensor["pieces"] for tensor in manifest["state"]}
+    assert pieces["head.weight"] == ([3, 16] if target == "cpu" else [])
     python = [sys.executable, EXAMPLES / "on_device.py", tmp_path]
     expected, reached = trained_by(python, tmp_path, "onnxruntime")
     assert len(expected) == 13

@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from mpgraph.onnx.dependencies import VIEWS, Dependencies
+from mpgraph.onnx.dependencies import Dependencies
 from mpgraph.onnx.update_regions import infer_types, leaves, regions, shape_of
 from mpgraph.onnx.update_scans import Pieces, Update, replace_by_scan, reshaped
 
@@ -108,8 +108,7 @@ def _read_before(
         for node in late
         if not any(other is not node and dependencies.needs([other], node) for other in late)
     ]
-    computing = [node for node in last if node not in computed and node.op_type not in VIEWS]
-    values = [node.outputs[0] for node in computing]
+    values = [node.outputs[0] for node in last if node not in computed]
     return [v for v in values if v.shape is not None and v.dtype and v.dtype.name in _SLICED]
 
 
