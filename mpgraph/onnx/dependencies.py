@@ -39,6 +39,11 @@ class Dependencies:
         """Whether one of the nodes is another one, or depends on it."""
         return any(self._ancestors[node] >> self._order[other] & 1 for node in nodes)
 
+    def latest(self, nodes: Iterable[Any], others: Iterable[Any]) -> dict[Any, int]:
+        """For each node, where the last of some others is that it depends on; -1 for none."""
+        among = sum(1 << self._order[other] for other in others)
+        return {node: (self._ancestors[node] & among).bit_length() - 1 for node in nodes}
+
     def readers(self, place: Any) -> list[tuple[Any, bool]]:
         """Every node that reads the memory of a value, and whether it does through a view of it.
 

@@ -15,6 +15,7 @@ from mpgraph.onnx.extra import library
 from mpgraph.onnx.forward_trace import evaluation, model_results, trace_question
 from mpgraph.onnx.from_graph import translate
 from mpgraph.onnx.in_place import in_place
+from mpgraph.onnx.result_order import order_results
 from mpgraph.onnx.rounding import IR_VERSION, write_rounding
 from mpgraph.onnx.step_check import check_step, reference
 from mpgraph.onnx.step_files import (
@@ -86,6 +87,7 @@ def _export(
             graphs[name] = trace_question(step, question, goal, state)
     models = {name: translated(part, goal) for name, part in graphs.items()}
     pieces = _in_pieces(models[files.TRAIN], graph, goal)
+    order_results(models[files.TRAIN].graph)
     values = _values(graphs.values(), seed)
     manifest = _manifest(step, graphs, models[files.TRAIN], goal, values, pieces)
     path.mkdir(parents=True, exist_ok=True)
