@@ -51,11 +51,13 @@ def chunk_updates(model: Any, state: Mapping[str, str], size: int) -> dict[str, 
     computed = {node for update in found for node in update.nodes}
     dependencies = Dependencies(graph)
     before = [_read_before(update, dependencies, computed) for update in found]
-    for update, values in zip(found, before, strict=True):
+    scans = {
         replace_by_scan(graph, dataclasses.replace(update, before=values))
+        for update, values in zip(found, before, strict=True)
+    }
     for update in found:
         for place in update.places:
-            _fold(graph, place, update.pieces)
+            _fold(graph, place, update.pieces, scans)
     return {place.name: update.pieces for update in found for place in update.places}
 
 
@@ -112,13 +114,13 @@ def _read_before(
     return [v for v in values if v.shape is not None and v.dtype and v.dtype.name in _SLICED]
 
 
-def _fold(graph: Any, place: Any, pieces: Pieces) -> None:
-    """Take an input in pieces, and give it back its shape for all readers but Scans."""
+def _fold(graph: Any, place: Any, pieces: Pieces, scans: Collection[Any]) -> None:
+    """Take an input in pieces, and give it back its shape for all readers but some Scans."""
     import onnx_ir
 
     shape = shape_of(place)
     assert shape is not None
-    others = [use for use in place.uses() if use.node.op_type != "Scan"]
+    others = [use for use in place.uses() if use.node not in scans]
     place.shape = onnx_ir.Shape(pieces)
     if others:
         whole = reshaped(graph, place, shape, f"{place.name}.whole", before=graph[0])

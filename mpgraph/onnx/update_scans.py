@@ -32,7 +32,7 @@ class Update:
     before: Sequence[Any] = ()
 
 
-def replace_by_scan(graph: Any, update: Update) -> None:
+def replace_by_scan(graph: Any, update: Update) -> Any:
     """Put a Scan in the place of an update; what has to be there before is a state of it."""
     import onnx_ir
 
@@ -59,6 +59,7 @@ def replace_by_scan(graph: Any, update: Update) -> None:
         graph.outputs[graph.outputs.index(old)] = new
         old.name = f"{old.name}.whole"
     graph.remove([*update.nodes], safe=True)
+    return scan
 
 
 def _body(update: Update, read: Sequence[Any], carried: Sequence[Any]) -> Any:

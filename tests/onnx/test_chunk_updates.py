@@ -182,6 +182,12 @@ BODIES: dict[str, tuple[str, set[str], set[str]]] = {
         "(float[4, 8] n, float[8, 4] t) { t = Transpose(w)  h = Mul(g, lr)  n = Sub(w, h) }",
         {"w"}, set(),
     ),
+    "another Scan goes over the old value's own rows": (
+        "(float[4, 8] n, float s) <float[4, 1] r>"
+        "{ r = Scan <num_scan_inputs = 1, body = rows (float[8] a) => (float[1] b)"
+        " { b = ReduceSum(a) }> (w)  s = ReduceSum <keepdims = 0> (r)"
+        " h = Mul(g, lr)  n = Sub(w, h) }", {"w"}, {"w"},
+    ),
     "a number is cast to the type of what lies in between, which it has": (
         "(float[4, 8] n) { h = Mul(g, lr)  c = CastLike(lr, h)  n = Clip(h, c) }", {"w"}, {"w"},
     ),
