@@ -41,11 +41,11 @@ class Takes(nn.Module):
 @pytest.mark.parametrize("name", USES)
 @pytest.mark.filterwarnings("ignore:mpgraph")
 def test_another_number_in_the_tensor_is_another_result(name: str):
+    if name == "an index" and torch.__version__ < "2.12":
+        pytest.skip("an internal error of Dynamo's in torch 2.11, which CaptureError reports")
     plain = Takes(name)
-    model, x = (
-        mpgraph.convert(copy.deepcopy(plain), "bf16", policy="autocast-cpu"),
-        torch.ones(4, 8),
-    )
+    model = mpgraph.convert(copy.deepcopy(plain), "bf16", policy="autocast-cpu")
+    x = torch.ones(4, 8)
 
     def check() -> None:
         with torch.autocast("cpu", torch.bfloat16):
