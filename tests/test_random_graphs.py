@@ -84,9 +84,9 @@ class Writer:
 
 
 def linear(w, x):
-    *rest, k = w.values[x]
-    if k == N:
+    if not w.values[x] or w.values[x][-1] == N:
         return
+    *rest, k = w.values[x]
     kept = w.linears.get(k, [])
     if kept and w.draw(st.booleans()):
         layer, size = w.pick(kept)
