@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from mpgraph.frozen import Globals, has_attributes, is_namespace
-from mpgraph.plain import GLOBAL_HOOKS, PLAIN
+from mpgraph.plain import FORWARD_HOOKS, GLOBAL_HOOKS, PLAIN
 
 _CONTAINERS = (list, dict, set)
 _WRAPPERS = {
@@ -91,7 +91,7 @@ class CodeState:
 
 def _hooks(modules: list[nn.Module]) -> Iterator[types.FunctionType]:
     """The functions that are hooked into the modules, and so a part of their forward."""
-    tables = [vars(m)[name] for m in modules for name in ("_forward_pre_hooks", "_forward_hooks")]
+    tables = [vars(m)[name] for m in modules for name in FORWARD_HOOKS]
     for table in (*tables, *GLOBAL_HOOKS):
         for hook in table.values():
             function = inspect.unwrap(getattr(hook, "__func__", hook))

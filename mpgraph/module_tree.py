@@ -15,11 +15,10 @@ from mpgraph import ir
 from mpgraph.code_state import CodeState
 from mpgraph.errors import PrecisionError
 from mpgraph.frozen import freeze
-from mpgraph.plain import GLOBAL_HOOKS, tables_of
+from mpgraph.plain import GLOBAL_HOOKS, HOOKS, tables_of
 from mpgraph.read_guard import ReadVersions, tensor_kind
 from mpgraph.structure import Opaque
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HALVES = frozenset({torch.bfloat16, torch.float16})
 _VALUES = operator.methodcaller("values")
 _CHAIN = itertools.chain.from_iterable
@@ -54,7 +53,7 @@ class ModuleTree:
         self._ties = list(_ties(self._state))
         self.note_tensors()
         # The root's own hooks run around the graph, not in it.
-        self._hooks = [vars(m)[name] for m in self.modules[1:] for name in _HOOKS]
+        self._hooks = [vars(m)[name] for m in self.modules[1:] for name in HOOKS]
         self._hooks += GLOBAL_HOOKS
         self._look_at_code()
         self._objects: list[Any] = []

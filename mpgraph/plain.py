@@ -12,6 +12,9 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes)
 MODULE_STATE = frozenset(vars(nn.Module())) | {STATE}
 # What torch.nn.RNNBase remembers of its parameters; it renews this at every call.
 BOOKKEEPING = frozenset({"_flat_weights", "_flat_weight_refs"})
+# Where a module keeps the hooks around its forward, and all that a graph is captured with.
+FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+HOOKS = (*FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
 # Hooks on every module there is: register_module_forward_hook and its like.
 GLOBAL_HOOKS: tuple[dict[int, Any], ...] = tuple(
     getattr(nn.modules.module, f"_global_{kind}_hooks")

@@ -50,10 +50,6 @@ class ReadGuard:
         self._build()
         self._frozen = self._freeze()
 
-    def holds(self) -> bool:
-        """Whether every value is what it was when it was added."""
-        return self.is_untouched() or self.is_equal()
-
     def is_untouched(self) -> bool:
         """Whether the same objects, or equal numbers and strings, are in every place."""
         values = [table.get(name, MISSING) for table, name in self._places]

@@ -34,14 +34,13 @@ from mpgraph.frozen import (
     stored,
 )
 from mpgraph.places import is_foreign
-from mpgraph.plain import BOOKKEEPING, MODULE_STATE
+from mpgraph.plain import BOOKKEEPING, FORWARD_HOOKS, MODULE_STATE
 
 # What torch's machinery reads of a module, and not forward.
 _MACHINERY = frozenset(vars(nn.Module)) - {"forward", "__dict__"}
 # What the tree of modules knows of those that are in it.
 _KNOWN = MODULE_STATE | BOOKKEEPING | _MACHINERY
 _STATE = ("_parameters", "_buffers", "_modules")
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # Comparing what is deeper would exceed the depth of Python's own calls.
 _DEEPEST = 100
 Steps = tuple[Any, ...]
@@ -108,7 +107,7 @@ class _Recorder:
     def _note_hooks(self) -> None:
         """What hooks read is read by forward, but for those of the root: they run around it."""
         for module in [*self._model.modules()][1:]:
-            for table in _HOOKS:
+            for table in FORWARD_HOOKS:
                 for key, hook in vars(module)[table].items():
                     self._names(module, (table,))
                     self._enter(hook, module, (table, (key,)))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from mpgraph.plain import HOOKS
 from mpgraph.step.arguments import parameter_names, parameters_of
 from mpgraph.step.reads import LossReads
 from mpgraph.step.settings import StepSettings
@@ -119,12 +120,9 @@ class Kinds:
         return tuple(groups), keys
 
 
-_ROOT_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 def _hook_tables(model: nn.Module) -> list[dict[int, Any]]:
     """The model's own hooks: those of its parts belong to the version of its tree."""
-    return [vars(model)[name] for name in _ROOT_HOOKS]
+    return [vars(model)[name] for name in HOOKS]
 
 
 def _setting(value: Any) -> Any:
