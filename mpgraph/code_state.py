@@ -6,7 +6,6 @@ a list are part of a graph like any attribute: written into it when it is captur
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import types
@@ -15,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from mpgraph.frozen import Globals, has_attributes, is_namespace
+from mpgraph.frozen import Globals, cells, has_attributes, is_namespace
 from mpgraph.plain import FORWARD_HOOKS, GLOBAL_HOOKS, PLAIN
 
 _CONTAINERS = (list, dict, set)
@@ -102,10 +101,7 @@ def _hooks(modules: list[nn.Module]) -> Iterator[types.FunctionType]:
 def _enclosed(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     """The containers that a function has in its closure."""
     where = f"the closure of {function.__name__!r}"
-    for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # an empty cell
-            if isinstance(cell.cell_contents, _CONTAINERS):
-                yield where, cell.cell_contents
+    yield from ((where, v) for v in cells(function).values() if isinstance(v, _CONTAINERS))
 
 
 def _is_own(cls: type) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import collections
+import contextlib
 import datetime
 import decimal
 import fractions
@@ -232,11 +233,17 @@ def _of_function(function: types.FunctionType) -> Iterator[Any]:
     yield function.__code__
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # empty
-            yield None
+    held = cells(function)
+    yield from map(held.get, function.__code__.co_freevars)  # an empty cell has its place
+
+
+def cells(function: types.FunctionType) -> dict[str, Any]:
+    """What a function has closed over, by name; nothing of empty cells."""
+    found = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # empty
+            found[name] = cell.cell_contents
+    return found
 
 
 def _content(value: Any) -> Any:

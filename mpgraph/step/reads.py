@@ -7,7 +7,6 @@ captured anew.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import types
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from mpgraph.code_state import names_in
+from mpgraph.frozen import cells
 from mpgraph.module import MixedPrecision, state_of
 from mpgraph.places import is_foreign, is_own_file
 from mpgraph.plain import PLAIN, STATE
@@ -44,7 +44,7 @@ class LossReads:
         """What stands in every place now, each with a name for people."""
         found = [(type(value).__name__, value) for value in (*self._owners, *self._constants)]
         for function in self._functions:
-            found += _cells(function).items()
+            found += cells(function).items()
             table = function.__globals__
             found += [(name, table[name]) for name in names_in(function.__code__) if name in table]
             defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
@@ -95,7 +95,7 @@ class LossReads:
 
     def _named_functions(self, function: Any, names: list[str]) -> Iterator[Any]:
         around = [function.__globals__[name] for name in names if name in function.__globals__]
-        yield from filter(_is_entered, (*around, *_cells(function).values()))
+        yield from filter(_is_entered, (*around, *cells(function).values()))
         for owner in list(self._owners):
             table = getattr(owner, "__dict__", {})
             yield from filter(_is_entered, [table[name] for name in names if name in table])
@@ -143,16 +143,6 @@ class LossReads:
             hooks = (part._forward_hooks, part._forward_pre_hooks)
             found.append((part.training, *(tuple(map(id, h.values())) for h in hooks)))
         return id(module), tuple(found)
-
-
-def _cells(function: types.FunctionType) -> dict[str, Any]:
-    """What a function has closed over, by name."""
-    found = {}
-    cells = function.__closure__ or ()
-    for name, cell in zip(function.__code__.co_freevars, cells, strict=True):
-        with contextlib.suppress(ValueError):  # an empty cell
-            found[name] = cell.cell_contents
-    return found
 
 
 def _is_entered(value: Any) -> bool:
