@@ -177,14 +177,25 @@ def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def without_onednn() -> Iterator[None]:
-    """Let torch run its own kernels."""
-    core: Any = torch._C
-    before = core._get_mkldnn_enabled()
-    core._set_mkldnn_enabled(False)
+    """Let torch run its own kernels on a CPU."""
+    with _switched_off(torch.backends.mkldnn):
+        yield
+
+
+@contextlib.contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Let torch run its own kernels on a GPU."""
+    with _switched_off(torch.backends.cudnn):
+        yield
+
+
+@contextlib.contextmanager
+def _switched_off(library: Any) -> Iterator[None]:
+    before, library.enabled = library.enabled, False
     try:
         yield
     finally:
-        core._set_mkldnn_enabled(before)
+        library.enabled = before
 
 
 class _Stands(_SingleLevelFunction):

@@ -17,6 +17,7 @@ from mpgraph.infer import DtypeInference
 from mpgraph.op_table import Rule, rule_for
 from mpgraph.pipeline import PassContext, graph_pass
 from mpgraph.policy import RuleChoice
+from mpgraph.recurrent import RECURRENT
 
 _OFF = ir.Decision(
     Rule.FOLLOW, None, "inside the model's own autocast(enabled=False)", "the model's own region"
@@ -152,7 +153,7 @@ class _Assigner:
         if self.context.compute is None:
             return decision.dtype is None and decision.argument is None
         row = rule_for(f"autocast-{self.context.device}", ir.operator_name(node))
-        if row is None:
+        if row is None or node.target in RECURRENT:
             return False  # it may hide operators that torch.autocast did cast
         return self._captured_run_dtype(node, row.rule) == (decision.dtype or decision.argument)
 

@@ -212,3 +212,29 @@ def test_dropout_draws_another_mask_at_every_step(compile: Any) -> None:
     losses = {step(*batch).item() for _ in range(6)}
     assert len(losses) == 6
     assert max(losses) < 1.2 * min(losses)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_are_recorded_in_the_dtype_that_they_run_in(
+    kind: Any, precision: str
+) -> None:
+    """What follows them is cast by what is recorded: log_softmax has to run in fp32."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = kind(8, 8, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x)[0].log_softmax(-1)
+
+    torch.manual_seed(0)
+    model, x = Recurrent().cuda(), torch.randn(2, 5, 8, device="cuda")
+    converted = mpgraph.convert(copy.deepcopy(model), precision)
+    low = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    hidden = copy.deepcopy(model).to(low).layers(x.to(low))[0]
+    assert torch.equal(converted(x), hidden.float().log_softmax(-1))
+    preset = mpgraph.convert(copy.deepcopy(model), precision, policy="autocast-cuda")
+    with torch.autocast("cuda", low):
+        assert torch.equal(preset(x), model(x))

@@ -1,13 +1,13 @@
 """Inference files side by side: mpgraph's, and onnxconverter-common's float16 of the same export.
 
-    python tools/bench_onnx_infer.py --out docs/benchmarks/onnx-inference
+    python tools/bench_onnx_infer.py [--device cuda] --out docs/benchmarks/onnx-inference
 
 needs ``pip install onnxconverter-common``. Every model is exported in fp32, fp16 and bf16 by
-mpgraph; the converter makes an fp16 file of the fp32 one. All files run on the CPU provider, one
-thread, in turns. Per file: does it load, how far is it from the fp32 model and from the fp16 (bf16)
-model in torch, how large is it, and how long does a call take (median, and spread from the 10th to
-the 90th percentile; and ÷ the fp32 file's call of the same round, median and quartiles). Writes
-``<out>.json`` and ``<out>.md``.
+mpgraph; the converter makes an fp16 file of the fp32 one. All files run on the CPU provider with
+one thread, or on the CUDA provider (without TF32), in turns. Per file: does it load, how far is it
+from the fp32 model and from the fp16 (bf16) model in torch, how large is it, and how long does a
+call take (median, and spread from the 10th to the 90th percentile; and ÷ the fp32 file's call of
+the same round, median and quartiles). Writes ``<out>.json`` and ``<out>.md``.
 """
 
 from __future__ import annotations
@@ -96,14 +96,15 @@ def convert_float16(source: Path, target: Path) -> None:
     onnx.save(made, str(target))
 
 
-def measure(name: str, rounds: int, folder: Path) -> list[Row]:
+def measure(name: str, rounds: int, folder: Path, device: str) -> list[Row]:
     """All files of one model."""
     torch.manual_seed(0)
     make, call = MODELS[name]
     model, x = make().eval(), call()
     wanted = {}
     for precision in ("fp32", "fp16", "bf16"):
-        mpgraph.export_onnx(model, folder / f"mpgraph {precision}.onnx", x, precision=precision)
+        path = folder / f"mpgraph {precision}.onnx"
+        mpgraph.export_onnx(model, path, x, precision=precision, target=device)
         with torch.no_grad():
             wanted[precision] = mpgraph.convert(model, precision)(x).float()
     rows, sessions = [], {}
@@ -118,7 +119,7 @@ def measure(name: str, rounds: int, folder: Path) -> list[Row]:
             if label == "converter fp16":
                 convert_float16(folder / "mpgraph fp32.onnx", path)
             row.size = path.stat().st_size
-            sessions[label] = session(path)
+            sessions[label] = session(path, device)
             found = run(sessions[label], x)
             row.loads = True
         except Exception as error:
@@ -145,12 +146,18 @@ def finite(value: float) -> float | None:
     return value if value < float("inf") else None
 
 
-def session(path: Path) -> Any:
-    """A session of the CPU provider with one thread."""
+PROVIDERS: dict[str, Any] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": ("CUDAExecutionProvider", {"use_tf32": 0}),
+}
+
+
+def session(path: Path, device: str) -> Any:
+    """A session of the device's provider, with one thread."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(path), options, providers=[PROVIDERS[device]])
 
 
 def run(session: Any, x: torch.Tensor) -> torch.Tensor:
@@ -221,6 +228,7 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--device", choices=sorted(PROVIDERS), default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/onnx-inference")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -229,10 +237,10 @@ def main() -> None:
     rows: list[Row] = []
     for name in MODELS:
         with tempfile.TemporaryDirectory() as folder:
-            rows += measure(name, options.rounds, Path(folder))
+            rows += measure(name, options.rounds, Path(folder), options.device)
     record = {
         "command": f"python tools/bench_onnx_infer.py --rounds {options.rounds}",
-        "machine": processor(),
+        "machine": processor() if options.device == "cpu" else torch.cuda.get_device_name(),
         "onnxruntime": onnxruntime.__version__,
         "torch": torch.__version__,
         "converter": onnxconverter_common.__version__,

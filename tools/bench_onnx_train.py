@@ -1,7 +1,8 @@
 """Time a training step in onnxruntime ÷ the same step in torch, in one run.
 
     python tools/bench_onnx_train.py [--models gpt mlp-wide] [--precision fp32 bf16]
-                                     [--steps 30] [--threads 1] [--profile] [--out PATH]
+                                     [--steps 30] [--threads 1] [--device cuda]
+                                     [--profile] [--out PATH]
 
 Three ways from the same weights, with the same batch, take their steps in turn, the order changing
 from step to step: an exported step in ``mpgraph.runtime.OnnxTrainer``; torch in eager mode; and
@@ -11,8 +12,10 @@ neighbouring steps, with quartiles.
 
 Memory is measured in a process of its own, which has no torch: how much more is resident at the
 peak of a step than before the folder was opened, ÷ the size of the state (parameters and moments in
-fp32). Writes ``<out>.json`` and ``<out>.md``; with ``--profile`` the former also says where
-onnxruntime spends its time, by operator.
+fp32). On a GPU it is not measured, and the step is exported with ``target="cuda"``.
+
+Writes ``<out>.json`` and ``<out>.md``; with ``--profile`` the former also says where onnxruntime
+spends its time, by operator, and what the CPU runs.
 """
 
 from __future__ import annotations
@@ -69,7 +72,7 @@ class TrainWays(Ways):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         step = mpgraph.TrainStep(model, optimizer, self.loss, precision=self.precision)
         started = time.process_time()
-        step.export_onnx(folder, example_inputs=self.batch, verify=verify)
+        step.export_onnx(folder, example_inputs=self.batch, verify=verify, target=self.device)
         seconds = time.process_time() - started
         trainer = OnnxTrainer(folder, threads=threads)
         batch = _arrays(trainer.inputs, self.batch)
@@ -79,13 +82,13 @@ class TrainWays(Ways):
 def measure(name: str, precision: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One model in one precision."""
     torch._dynamo.reset()
-    subject = TrainWays(name, "cpu", precision)
+    subject = TrainWays(name, options.device, precision)
     exported, export_seconds = subject.exported(folder, options.threads, not options.no_verify)
     made = {ONNX: exported, EAGER: subject.eager(), COMPILED: subject.compiled()}
     losses = {way: torch.as_tensor(step()).item() for way, step in made.items()}
     for step in made.values():
         step(), step()
-    seconds = in_turns(made, options.steps, f"{name} {precision}", "cpu")
+    seconds = in_turns(made, options.steps, f"{name} {precision}", options.device)
     state = 3 * 4 * sum(p.numel() for p in subject.model.parameters())
     return {
         "model": name,
@@ -94,15 +97,20 @@ def measure(name: str, precision: str, options: argparse.Namespace, folder: Path
         "state_bytes": state,
         "first_losses": losses,
         "export_seconds": export_seconds,
-        "memory_bytes": {
-            ONNX: memory(folder, subject.batch, options.threads),
-            EAGER: state + peak_bytes(made[EAGER], "cpu"),
-            COMPILED: state + peak_bytes(made[COMPILED], "cpu"),
-        },
+        "memory_bytes": _memory(made, state, folder, subject, options.threads),
         "seconds": seconds,
         "ratios": {peer: ratio(seconds[ONNX], seconds[peer]) for peer in GOALS},
         "profile": profile(folder, subject.batch, options.threads) if options.profile else {},
     }
+
+
+def _memory(
+    made: dict[str, Step], state: int, folder: Path, subject: TrainWays, threads: int
+) -> dict[str, int]:
+    if subject.device != "cpu":
+        return {}
+    found = {way: state + peak_bytes(made[way], "cpu") for way in (EAGER, COMPILED)}
+    return {ONNX: memory(folder, subject.batch, threads), **found}
 
 
 # Takes a folder, a file of arrays and a number of threads; prints by how many bytes it grew.
@@ -145,7 +153,7 @@ def _save(path: Path, folder: Path, batch: Any) -> None:
 
 
 def _arrays(names: Iterable[str], batch: Any) -> Any:
-    return {n: v.contiguous().numpy() for n, v in zip(names, batch, strict=True)}
+    return {n: v.cpu().contiguous().numpy() for n, v in zip(names, batch, strict=True)}
 
 
 def profile(folder: Path, batch: Any, threads: int) -> dict[str, float]:
@@ -154,26 +162,28 @@ def profile(folder: Path, batch: Any, threads: int) -> dict[str, float]:
     options.enable_profiling, options.intra_op_num_threads = True, threads
     options.log_severity_level = 3
     options.profile_file_prefix = str(folder / "profile")
+    trainer = OnnxTrainer(folder)
     session = onnxruntime.InferenceSession(
-        str(folder / "train_step.onnx"), options, providers=["CPUExecutionProvider"]
+        str(folder / "train_step.onnx"), options, providers=trainer._providers
     )
-    feeds = _feeds(folder, batch)
+    feeds = _feeds(trainer, folder, batch)
     for _ in range(5):
         session.run(None, feeds)
     events = json.loads(Path(session.end_profiling()).read_text())
     spent: collections.Counter[str] = collections.Counter()
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            spent[event["args"]["op_name"]] += event["dur"]
+            provider = event["args"].get("provider", "")
+            where = " (CPU)" * (trainer._device == "cuda" and provider.startswith("CPU"))
+            spent[event["args"]["op_name"] + where] += event["dur"]
     total = sum(spent.values())
     return {name: round(micro / total, 4) for name, micro in spent.most_common(12)}
 
 
-def _feeds(folder: Path, batch: Any) -> dict[str, Any]:
+def _feeds(trainer: OnnxTrainer, folder: Path, batch: Any) -> dict[str, Any]:
     import numpy as np
     from safetensors.numpy import load_file
 
-    trainer = OnnxTrainer(folder)
     feeds: dict[str, Any] = {**load_file(folder / "state.safetensors")}
     if (folder / "frozen.safetensors").exists():
         feeds |= load_file(folder / "frozen.safetensors")
@@ -214,18 +224,23 @@ def page(record: dict[str, Any]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    state, losses = row["state_bytes"], row["first_losses"]
-    used = row["memory_bytes"][ONNX] / state
+    losses = row["first_losses"]
     return [
         row["model"],
         row["precision"],
         f"{1e3 * statistics.median(row['seconds'][ONNX]):.1f}",
         *(_figure(row, peer) for peer in GOALS),
-        f"**{used:.2f}**" if used > MEMORY_GOAL else f"{used:.2f}",
-        f"{row['memory_bytes'][EAGER] / state:.2f}",
+        *_memory_cells(row),
         f"{row['export_seconds']:.1f}",
         f"{losses[ONNX]:.4f} / {losses[EAGER]:.4f}",
     ]
+
+
+def _memory_cells(row: dict[str, Any]) -> list[str]:
+    if not row["memory_bytes"]:
+        return ["–", "–"]
+    used, eager = (row["memory_bytes"][way] / row["state_bytes"] for way in (ONNX, EAGER))
+    return [f"**{used:.2f}**" if used > MEMORY_GOAL else f"{used:.2f}", f"{eager:.2f}"]
 
 
 def _figure(row: dict[str, Any], peer: str) -> str:
@@ -242,6 +257,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16", "fp16"])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--no-verify", action="store_true", help="export without its check")
     parser.add_argument("--profile", action="store_true", help="note onnxruntime's operators too")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/onnx-training")
@@ -250,7 +266,7 @@ def main() -> None:
     torch._functorch.config.enable_autograd_cache = False
     record: dict[str, Any] = {
         "command": f"python tools/bench_onnx_train.py --steps {options.steps}",
-        "machine": machine("cpu"),
+        "machine": machine(options.device),
         "onnxruntime": onnxruntime.__version__,
         "steps": options.steps,
         "rows": [],

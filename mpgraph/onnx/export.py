@@ -26,6 +26,7 @@ from mpgraph.onnx.translate import axis_names, describe_nodes, name_axes, transl
 from mpgraph.passes.legalize import legalize
 from mpgraph.pipeline import run_passes
 from mpgraph.policy import Policy
+from mpgraph.runtime.providers import with_options
 from mpgraph.warn import warn
 
 _FP32 = frozenset({torch.float32})
@@ -88,6 +89,7 @@ def export_onnx(
     graph = capture_inference(model, state, args, kwargs, dynamic, weights)
     set_io_dtypes(graph.gm, _FP32 if io_dtype == "fp32" else where.io, graph.inputs)
     converted = _run(graph.gm, graph.state, graph.examples) if verify else []
+    graph.move_to_cpu()
     exported, values, model_file = _lower(graph, where, state)
     _describe(model_file, state, where)
     with files.unfinished(file) as unfinished:
@@ -182,7 +184,8 @@ def _check(
     dtypes = [n.meta["val"].dtype for n in inputs if n.name not in exported[1]]
     values = [v.to(dtype) for v, dtype in zip(graph.examples, dtypes, strict=True)]
     try:
-        found = self_check.run_file(file, graph.inputs, values, target.provider)
+        provider = with_options(target.provider, state.settings.precision.name)
+        found = self_check.run_file(file, graph.inputs, values, provider)
     except self_check.Unavailable:
         notes.append(f"not checked: {target.provider} does not run here")
         return None

@@ -12,6 +12,7 @@ from torch import nn
 from torch._dispatch.python import enable_python_dispatcher
 
 from mpgraph.onnx.functional import functional, in_plain_operators
+from mpgraph.onnx.one_device import put_on
 from mpgraph.onnx.ports import batch_names, output_names, ports_of, result_names, widen_ports
 from mpgraph.onnx.step_trace import StepGraph, batch_dims, symbol_of
 from mpgraph.onnx.targets import Target, TargetContext
@@ -102,6 +103,7 @@ def trace_question(
     outputs = outputs_of(gm.graph)
     set_outputs(gm.graph, {"results": outputs["results"][:count]})
     flat_outputs(gm)
+    put_on(gm, "cpu")
     made = functional(gm)
     widen_ports(made.graph_module)
     ports = ports_of(made, question.names, 1, state)

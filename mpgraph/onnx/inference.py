@@ -18,6 +18,7 @@ from mpgraph.capture.export import Call
 from mpgraph.errors import ExportError, MPGraphError
 from mpgraph.gather import home_of
 from mpgraph.module import State
+from mpgraph.onnx.one_device import put_on
 from mpgraph.structure import Node as Container
 from mpgraph.structure import Plain, Spec, count_leaves, flatten, leaf_names
 
@@ -45,6 +46,12 @@ class Inference:
     outputs: list[str]
     axes: Mapping[str, Mapping[int, str]]
     notes: list[str]
+
+    def move_to_cpu(self) -> None:
+        """Let the graph and everything that it reads lie on the CPU: a file has no devices."""
+        put_on(self.gm, "cpu")
+        self.state = {key: (name, value.cpu()) for key, (name, value) in self.state.items()}
+        self.examples = [value.cpu() for value in self.examples]
 
 
 def capture_inference(

@@ -18,30 +18,33 @@ ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 1 << 32
-_HALF = 1 << 16
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
     """Four words of 32 random bits for each counter of four words, under a key of two."""
     c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(ROUNDS):
+    for k0, k1 in zip(*map(_keys, key, _WEYL), strict=True):
         high0, low0 = _multiply(c0, _MULTIPLIERS[0])
         high1, low1 = _multiply(c2, _MULTIPLIERS[1])
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = ((k + w) & (_WORD - 1) for k, w in zip((k0, k1), _WEYL, strict=True))
     return [c0, c1, c2, c3]
 
 
+def _keys(word: Tensor, step: int) -> tuple[Tensor, ...]:
+    """The word of the key in each round."""
+    steps = torch.tensor([number * step for number in range(ROUNDS)])
+    return ((word + steps) & (_WORD - 1)).unbind()
+
+
 def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """The upper and the lower word of a product, by halves: int64 holds 48 bits of it, not 64."""
-    lower = (x & (_HALF - 1)) * factor
-    upper = _halved(x) * factor + _halved(lower)
-    return _halved(upper), (upper & (_HALF - 1)) * _HALF + (lower & (_HALF - 1))
+    """The upper and the lower word of a product of two words.
 
-
-def _halved(x: Tensor) -> Tensor:
-    return _divided(x, _HALF)
+    int64 holds a product of 64 bits as two's complement: without its lower word it is a multiple
+    of 2**32, which a division leaves exact, its sign included.
+    """
+    product = x * factor
+    lower = product & (_WORD - 1)
+    return _divided(product - lower, _WORD) & (_WORD - 1), lower
 
 
 def uniform(shape: Sequence[Any], stream: int, seed: Tensor, step: Tensor) -> Tensor:
@@ -69,5 +72,5 @@ def _words(x: Tensor) -> list[Tensor]:
 
 
 def _divided(x: Tensor, by: int) -> Tensor:
-    # Nothing here is negative, and this is one ONNX operator.
+    # One ONNX operator: nothing here is negative, or else it is a multiple.
     return torch.div(x, by, rounding_mode="trunc")

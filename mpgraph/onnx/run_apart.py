@@ -24,8 +24,9 @@ def main(folder: Path) -> None:
     call: dict[str, Any] = json.loads((folder / "call.json").read_text(encoding="utf-8"))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(call["file"], options, providers=[call["provider"]])
-    if call["provider"] not in session.get_providers():
+    name, settings = call["provider"]
+    session = onnxruntime.InferenceSession(call["file"], options, providers=[(name, settings)])
+    if name not in session.get_providers():
         (folder / "result.json").write_text(json.dumps({"unavailable": True}))
         return
     make = onnxruntime.OrtValue

@@ -17,6 +17,7 @@ from mpgraph.onnx import run_apart
 from mpgraph.onnx.extra import library
 from mpgraph.onnx.report import Check
 from mpgraph.onnx.targets import Target
+from mpgraph.runtime.providers import Provider
 
 # What a wrong file exceeds and roundings do not: the largest difference, relative to the largest
 # element. One value that rounds the other way differs by 2**-8 in bf16, 2**-11 in fp16; a deep net
@@ -34,7 +35,10 @@ class Unavailable(Exception):
 
 
 def run_file(
-    path: Path, inputs: Sequence[str], values: Sequence[torch.Tensor], provider: str
+    path: Path,
+    inputs: Sequence[str],
+    values: Sequence[torch.Tensor],
+    provider: Provider,
 ) -> list[torch.Tensor]:
     """The outputs that onnxruntime gives, run in a process of its own.
 
@@ -42,7 +46,7 @@ def run_file(
         path: The file.
         inputs: The names of its inputs.
         values: Their values, of the file's own dtypes.
-        provider: The execution provider.
+        provider: The execution provider and its options.
 
     Raises:
         ExportError: onnxruntime refuses the file, or crashes on it.
@@ -63,7 +67,7 @@ def run_file(
         _run(folder)
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         if "unavailable" in result:
-            raise Unavailable(provider)
+            raise Unavailable(provider[0])
         arrays = [
             torch.from_numpy(numpy.load(folder / f"output_{index}.npy"))
             for index, _ in enumerate(result["outputs"])

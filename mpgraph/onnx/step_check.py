@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from mpgraph.errors import ExportError
+from mpgraph.onnx.self_check import Unavailable
 from mpgraph.onnx.step_files import next_name
 from mpgraph.onnx.step_trace import StepGraph
 from mpgraph.runtime import manifest as files
+from mpgraph.runtime.providers import CUDA, Provider
 
 # Of the largest element of a tensor: sums are added up in another order, and in 16 bit a rounding
 # that falls the other way moves what follows.
@@ -29,18 +31,24 @@ def check_step(
     values: Mapping[str, torch.Tensor],
     leaves: Sequence[Any],
     pieces: Mapping[str, tuple[int, ...]],
-) -> float:
+    provider: Provider,
+) -> float | None:
     """The largest difference over one step from the state at export.
 
     Of the tensors that have one to compare: not of those that move as much in torch where the last
-    bits of the parameters change.
+    bits of the parameters change. None where the execution provider does not run here.
 
     Raises:
-        ExportError: It is too large: names the output and both values.
+        ExportError: It is too large: names the output and both values; or onnxruntime cannot run
+            the file.
     """
+    try:
+        session = _session(folder / files.TRAIN, provider)
+    except Unavailable:
+        return None
     given = [_given(port, values, leaves) for port in _with_index(graph)]
     expected, moved = _in_torch(graph, given), _in_torch(graph, _nudged(graph, given))
-    found = _run(folder, graph, given, pieces)
+    found = _run(session, graph, given, pieces)
     names = [*graph.results, *(next_name(port.name) for port in graph.state())]
     before = dict(zip((next_name(p.name) for p in graph.ports), given, strict=True))
     noisy = _noisy(graph)
@@ -62,9 +70,11 @@ def check_step(
 
 
 def _in_torch(graph: StepGraph, given: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """What the graph returns, computed where it was traced."""
+    places = [n.meta["val"].device for n in graph.graph_module.graph.find_nodes(op="placeholder")]
+    placed = [value.clone().to(device) for value, device in zip(given, places, strict=True)]
     with torch.no_grad():
-        returned: Sequence[torch.Tensor] = graph.graph_module(*[value.clone() for value in given])
-    return returned
+        return [value.cpu() for value in graph.graph_module(*placed)]
 
 
 def _nudged(graph: StepGraph, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -90,12 +100,11 @@ def reference(
     given = [_given(port, values, leaves) for port in _with_index(graph)]
     places = [i for i, port in enumerate(graph.ports) if port.role == "state"]
     losses = []
-    with torch.no_grad():
-        for _ in range(steps):
-            returned = graph.graph_module(*[value.clone() for value in given])
-            losses.append(returned[graph.results.index("loss")].reshape(()))
-            for place, value in zip(places, returned[len(graph.results) :], strict=True):
-                given[place] = value
+    for _ in range(steps):
+        returned = _in_torch(graph, given)
+        losses.append(returned[graph.results.index("loss")].reshape(()))
+        for place, value in zip(places, returned[len(graph.results) :], strict=True):
+            given[place] = value
     pairs = list(zip(graph.ports, given, strict=True))
     found = {f"batch.{port.name}": v for port, v in pairs if port.role == "batch"}
     norms = {f"norm.{p.name}": v.double().norm() for p, v in pairs if p.role == "state"}
@@ -137,24 +146,37 @@ def _given(
 
 
 def _run(
-    folder: Path,
+    session: Any,
     graph: StepGraph,
     given: Sequence[torch.Tensor],
     pieces: Mapping[str, tuple[int, ...]],
 ) -> list[torch.Tensor]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        str(folder / files.TRAIN), options, providers=["CPUExecutionProvider"]
-    )
     pairs = list(zip(graph.ports, given, strict=True))
     whole = {next_name(port.name): value.shape for port, value in pairs if port.name in pieces}
     feeds = {p.name: v.reshape(pieces.get(p.name, v.shape)).numpy() for p, v in pairs}
     names = [output.name for output in session.get_outputs()]
     found = zip(names, map(torch.from_numpy, session.run(None, feeds)), strict=True)
     return [value.reshape(whole.get(name, value.shape)) for name, value in found]
+
+
+def _session(file: Path, provider: Provider) -> Any:
+    import onnxruntime
+
+    name, _ = provider
+    if name == CUDA and not torch.cuda.is_available():
+        raise Unavailable(name)  # onnxruntime would say so too, at length, on stderr
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=[provider])
+    except Exception as error:
+        raise ExportError(
+            f"onnxruntime cannot load {file.name} on {name}: {str(error).strip()}. Nothing was "
+            "written. Please report this; verify=False writes the folder nevertheless."
+        ) from error
+    if name not in session.get_providers():
+        raise Unavailable(name)
+    return session
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:

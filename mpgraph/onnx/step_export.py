@@ -15,6 +15,7 @@ from mpgraph.onnx.extra import library
 from mpgraph.onnx.forward_trace import evaluation, model_results, trace_question
 from mpgraph.onnx.from_graph import translate
 from mpgraph.onnx.in_place import in_place
+from mpgraph.onnx.one_device import put_on
 from mpgraph.onnx.result_order import order_results
 from mpgraph.onnx.rounding import IR_VERSION, write_rounding
 from mpgraph.onnx.step_check import check_step, reference
@@ -32,6 +33,7 @@ from mpgraph.onnx.targets import Target, target_of
 from mpgraph.onnx.uncollected import uncollected
 from mpgraph.passes.counter_dropout import SEED
 from mpgraph.runtime import manifest as files
+from mpgraph.runtime.providers import with_options
 from mpgraph.structure import Spec
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ def _export(
     models = {name: translated(part, goal) for name, part in graphs.items()}
     pieces = _in_pieces(models[files.TRAIN], graph, goal)
     order_results(models[files.TRAIN].graph)
+    put_on(graph.graph_module, step.settings.state.settings.device)  # where torch runs it
     values = _values(graphs.values(), seed)
     manifest = _manifest(step, graphs, models[files.TRAIN], goal, values, pieces)
     path.mkdir(parents=True, exist_ok=True)
@@ -101,7 +104,8 @@ def _export(
         sums = {name: files.checksum(made / name) for name in written}
         manifest = dataclasses.replace(manifest, files=sums)
         manifest.write(made)
-        error = check_step(made, graph, values, leaves, pieces) if verify else None
+        provider = with_options(goal.provider, manifest.precision)
+        error = check_step(made, graph, values, leaves, pieces, provider) if verify else None
         for name in (*written, files.MANIFEST):
             (made / name).replace(path / name)
     sizes = {name: (path / name).stat().st_size for name in (*written, files.MANIFEST)}

@@ -41,5 +41,5 @@ class ExportedStep:
 
     def _check(self) -> str:
         if self.error is None:
-            return "not made"
+            return f"not made: verify=False, or {self.manifest.provider} does not run here"
         return f"one step in onnxruntime is within {self.error:.1e} of the step in torch"

@@ -15,6 +15,7 @@ from mpgraph.errors import ExportError
 from mpgraph.onnx.alike_update import trace_alike_update
 from mpgraph.onnx.first_state import with_state
 from mpgraph.onnx.functional import functional, in_plain_operators
+from mpgraph.onnx.one_device import put_on
 from mpgraph.onnx.ports import (
     Port,
     batch_names,
@@ -101,7 +102,8 @@ def trace_step(
     context = _context(step, optimizer, known, gradients)
     gm, _ = assemble(gradients.graph_module, update, context)
     _write_assigned(gm.graph, gradients)
-    run_passes(gm, EXPORT_PASSES, context)
+    put_on(gm, "cpu")
+    run_passes(gm, EXPORT_PASSES, dataclasses.replace(context, device="cpu"))
     results = flat_outputs(gm)
     made = functional(gm)
     widen_ports(made.graph_module)

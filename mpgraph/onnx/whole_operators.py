@@ -59,6 +59,10 @@ def _like_input(mode: Any, target: Any, grad: Tensor, x: Tensor, *rest: Any) -> 
 _FAKES[aten._ctc_loss.default] = _FAKES[aten._ctc_loss.Tensor] = _ctc_loss
 _FAKES[aten._ctc_loss_backward.default] = _like_input
 _FAKES[aten._ctc_loss_backward.Tensor] = _like_input
+# On a GPU, torch asks first whether a library's own operator is to compute it.
+for _name in ("_use_cudnn_ctc_loss", "_use_miopen_ctc_loss"):
+    for _overload in getattr(aten, _name).overloads() if hasattr(aten, _name) else ():
+        _FAKES[getattr(getattr(aten, _name), _overload)] = lambda *_: False
 _FAKES[aten.multilabel_margin_loss_backward.default] = _like_input
 
 

@@ -11,6 +11,7 @@ import onnxruntime as ort
 
 from mpgraph.runtime.errors import RuntimeSupportError
 from mpgraph.runtime.manifest import ROUNDING, Manifest
+from mpgraph.runtime.providers import check_started, load_libraries, names_of
 
 OLDEST = (1, 17)
 # float32 numbers and what has to become of them: a tie, one above, a subnormal, overflow.
@@ -26,13 +27,17 @@ def make_session(path: Path, providers: Sequence[Any], threads: int | None) -> A
     options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
+    load_libraries(providers)
     try:
-        return ort.InferenceSession(str(path), options, providers=[*providers])
+        session = ort.InferenceSession(str(path), options, providers=[*providers])
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise RuntimeSupportError(
-            f"onnxruntime {ort.__version__} cannot load {path} on {_names(providers)}: {reason}"
+            f"onnxruntime {ort.__version__} cannot load {path} on {names_of(providers)}: {reason}"
         ) from error
+    check_started(session, providers)
+    session.disable_fallback()
+    return session
 
 
 def _check_version() -> None:
@@ -42,34 +47,6 @@ def _check_version() -> None:
             f"onnxruntime {ort.__version__} is too old: {OLDEST[0]}.{OLDEST[1]} is the first whose "
             "casts round as they are told. pip install -U onnxruntime."
         )
-
-
-def providers_of(manifest: Manifest, asked: Sequence[Any] | None) -> list[Any]:
-    """The execution providers to use, CPU last.
-
-    Raises:
-        RuntimeSupportError: One that was asked for is not there.
-    """
-    available = ort.get_available_providers()
-    if asked is not None:
-        for provider in asked:
-            name = provider if isinstance(provider, str) else provider[0]
-            if name not in available:
-                raise RuntimeSupportError(
-                    f"this onnxruntime has no {name}; it has {', '.join(available)}."
-                )
-        return [*asked]
-    wanted = [manifest.provider, "CPUExecutionProvider"]
-    return [name for name in dict.fromkeys(wanted) if name in available]
-
-
-def device_of(providers: Sequence[Any]) -> str:
-    """Where state lies: "cuda" or "cpu"."""
-    return "cuda" if "CUDA" in _names(providers[:1]) else "cpu"
-
-
-def _names(providers: Sequence[Any]) -> str:
-    return ", ".join(p if isinstance(p, str) else p[0] for p in providers)
 
 
 def check_rounding(folder: Path, manifest: Manifest, providers: Sequence[Any]) -> None:
@@ -89,7 +66,7 @@ def check_rounding(folder: Path, manifest: Manifest, providers: Sequence[Any]) -
         if not np.array_equal(values, expected, equal_nan=True):
             index = int(np.argmax(values != expected))
             raise RuntimeSupportError(
-                f"onnxruntime {ort.__version__} on {_names(providers)} does not round to {name}: "
+                f"onnxruntime {ort.__version__} on {names_of(providers)} does not round to {name}: "
                 f"{x[index]!r} became {values[index]!r}, expected {expected[index]!r}. Training "
                 "would differ from what was exported. Use another version or provider."
             )

@@ -24,7 +24,8 @@ from mpgraph.runtime.manifest import (
     read_manifest,
 )
 from mpgraph.runtime.progress import shown
-from mpgraph.runtime.sessions import check_rounding, device_of, make_session, providers_of
+from mpgraph.runtime.providers import device_of, providers_of
+from mpgraph.runtime.sessions import check_rounding, make_session
 from mpgraph.runtime.tensors import read_arrays, write_arrays
 
 Batch = Mapping[str, Any]
@@ -68,10 +69,11 @@ class OnnxTrainer:
         self.manifest = read_manifest(self.folder)
         self._providers = providers_of(self.manifest, providers)
         self._threads = threads
+        self._device = device_of(self._providers)
         if verify:
             check_files(self.folder, self.manifest)
+        if verify or self._device != "cpu":  # a session shows whether the device is there
             check_rounding(self.folder, self.manifest, self._providers)
-        self._device = device_of(self._providers)
         values, _ = read_arrays(self.folder / STATE)
         self._buffers = Buffers(self.manifest.state, values, self._device, in_place)
         self._frozen = self._read_frozen()
@@ -254,7 +256,11 @@ class OnnxTrainer:
                     if tensor.name in self.manifest.graphs[TRAIN].reads:
                         binding.bind_ortvalue_input(tensor.name, self._frozen[tensor.name])
                 self._bindings.append(binding)
-        return self._bindings[self._buffers.turn]
+        binding = self._bindings[self._buffers.turn]
+        if self._device != "cpu":
+            # What of a device's memory the CPU's kernels read is copied when it is bound.
+            self._buffers.bind(binding, self._buffers.turn)
+        return binding
 
     def _bind(self, binding: Any, arrays: Arrays) -> None:
         for name, array in arrays.items():

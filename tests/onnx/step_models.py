@@ -123,7 +123,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores of a sequence, by its first token."""
-        hidden = self.words(x) + self.places(torch.arange(x.shape[1]))
+        hidden = self.words(x) + self.places(torch.arange(x.shape[1], device=x.device))
         for layer in self.layers:
             hidden = layer(hidden, src_key_padding_mask=x == 0)
         return self.head(hidden[:, 0].tanh())

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import mpgraph
+from mpgraph.onnx.one_device import put_on
 from mpgraph.onnx.ports import Port
 from mpgraph.onnx.step_report import ExportedStep
 from mpgraph.onnx.step_trace import StepGraph, trace_step
@@ -35,22 +36,34 @@ class Pair:
         precision: As for ``TrainStep``.
         folder: Where to export it to.
         make: Makes the optimizer.
+        target: What the step is exported for; the model lies on that device.
         options: More for ``TrainStep``.
     """
 
     def __init__(
-        self, case: Case, precision: str, folder: Path, make: Make = momentum, **options: Any
+        self,
+        case: Case,
+        precision: str,
+        folder: Path,
+        make: Make = momentum,
+        target: str = "cpu",
+        **options: Any,
     ) -> None:
         torch.manual_seed(0)
-        self.case = case
-        model = case.model()
+        self.case, self.target = case, target
+        model = case.model().to(target)
         self.optimizer = make(model.parameters())
         self.step = mpgraph.TrainStep(
             model, self.optimizer, case.loss, precision=precision, compile=False, **options
         )
-        self.example = case.batch(4)
+        self.example = tuple(value.to(target) for value in case.batch(4))
         self.exported: ExportedStep = self.step.export_onnx(
-            folder, example_inputs=self.example, verify=False, seed=7, inference=False
+            folder,
+            example_inputs=self.example,
+            target=target,
+            verify=False,
+            seed=7,
+            inference=False,
         )
         self.trainer = OnnxTrainer(folder, threads=1, verify=False)
 
@@ -61,21 +74,25 @@ class Pair:
     def graph(self) -> StepGraph:
         """The graph that was exported, which torch can run."""
         leaves, spec = flatten((self.example, {}))
-        return trace_step(self.step, leaves, spec, target_of("cpu"))
+        return trace_step(self.step, leaves, spec, target_of(self.target))
 
 
 class InTorch:
     """The exported graph, run by torch from a trainer's state."""
 
     def __init__(self, pair: Pair) -> None:
-        self.trainer, self.traced = pair.trainer, pair.graph()
+        self.trainer, self.traced, self.device = pair.trainer, pair.graph(), pair.target
+        put_on(self.traced.graph_module, self.device)
 
     def step(self, batch: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """The results and the next state."""
         state = {k: torch.from_numpy(v.copy()) for k, v in self.trainer.state_dict().items()}
-        values = [self._value(p, state, iter_) for p, iter_ in _with_batch(self.traced, batch)]
+        values = [
+            self._value(port, state, given).to(self.device)
+            for port, given in _with_batch(self.traced, batch)
+        ]
         with torch.no_grad():
-            returned = self.traced.graph_module(*values)
+            returned = [value.cpu() for value in self.traced.graph_module(*values)]
         count = len(self.traced.results)
         names = [port.name for port in self.traced.state()]
         return (

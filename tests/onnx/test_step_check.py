@@ -46,9 +46,9 @@ def wrong(name: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have onnxruntime return another value than it does."""
     run = step_check._run
 
-    def other(folder: Any, graph: Any, given: Any, pieces: Any) -> Any:
+    def other(session: Any, graph: Any, given: Any, pieces: Any) -> Any:
         names = [*graph.results, *(port.name for port in graph.state())]
-        pairs = zip(names, run(folder, graph, given, pieces), strict=True)
+        pairs = zip(names, run(session, graph, given, pieces), strict=True)
         return [value * factor if key == name else value for key, value in pairs]
 
     monkeypatch.setattr(step_check, "_run", other)
