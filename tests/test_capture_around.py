@@ -233,3 +233,26 @@ def test_a_weight_written_to_within_a_forward_pass_is_cast_again(
             assert torch.equal(p, q), name
             if name.endswith("weight"):
                 assert torch.equal(p.grad, q.grad), name
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)[0].log_softmax(-1)
+
+
+def test_a_first_call_inside_of_autocast_captures_what_one_outside_does() -> None:
+    """The preset runs the LSTM in fp16 and what follows in fp32, which the region would not."""
+    model, x = Recurrent(), torch.randn(2, 5, 8)
+    outside, inside = (
+        mpgraph.convert(copy.deepcopy(model), "bf16", policy="autocast-cuda") for _ in range(2)
+    )
+    expected = outside(x)
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="changes nothing"):
+        found = inside(x)
+    assert found.dtype is torch.float32
+    assert torch.equal(found, expected)
+    assert mpgraph.explain(inside).casts == mpgraph.explain(outside).casts

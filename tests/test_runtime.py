@@ -18,6 +18,7 @@ from torch import nn
 
 import mpgraph
 from mpgraph.runtime import BatchError, FolderError, OnnxTrainer, RuntimeSupportError
+from mpgraph.runtime.providers import with_options
 
 ROOT = Path(__file__).parents[1]
 
@@ -268,6 +269,33 @@ def test_a_provider_that_is_not_there_is_refused(exported: Any) -> None:
     """Not replaced by another."""
     with pytest.raises(RuntimeSupportError, match=r"has no RocmExecutionProvider.*it has"):
         OnnxTrainer(exported[0], providers=["RocmExecutionProvider"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the provider starts here")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_for_a_gpu_is_not_run_by_the_cpu_instead(precision: str, tmp_path: Path) -> None:
+    """Its export cannot be checked here, which it says; nor does it train unless that is asked."""
+    model = nn.Linear(3, 2)
+    step = mpgraph.TrainStep(
+        model, torch.optim.SGD(model.parameters(), lr=0.1),
+        lambda model, x: model(x).float().square().mean(), precision=precision, compile=False,
+    )  # fmt: skip
+    report = step.export_onnx(tmp_path, example_inputs=(torch.ones(4, 3),), target="cuda")
+    assert "CUDAExecutionProvider does not run here" in str(report)
+    with pytest.raises(RuntimeSupportError, match=r"does not start on this|this onnxruntime has"):
+        OnnxTrainer(tmp_path, verify=False)
+    if precision == "fp32":
+        trainer = OnnxTrainer(tmp_path, providers=["CPUExecutionProvider"])
+        assert trainer.step(x=np.ones((4, 3), np.float32))["loss"] > 0
+
+
+def test_fp32_products_on_a_gpu_use_tf32_only_where_that_is_the_precision() -> None:
+    assert with_options("CUDAExecutionProvider", "tf32")[1] == {"use_tf32": 1}
+    for precision in ("fp32", "bf16", "fp16"):
+        assert with_options("CUDAExecutionProvider", precision)[1] == {"use_tf32": 0}
+    own = ("CUDAExecutionProvider", {"use_tf32": 1, "device_id": 1})
+    assert with_options(own, "fp32") == own
+    assert with_options("CPUExecutionProvider", "fp32") == ("CPUExecutionProvider", {})
 
 
 def test_a_runtime_that_does_not_round_is_refused(

@@ -138,7 +138,8 @@ def export_call(
     """Export with dynamic sizes on the path of eager mode, and otherwise where that cannot be."""
     forward = state.original_forward()
     failure: Exception | None = None
-    with capturing():
+    # What a call may be inside of would answer for torch when it is asked for dtypes.
+    with capturing(), torch.autocast(context.device, enabled=False):
         for attempt in _attempts(call):
             if isinstance(failure, GuardOnDataDependentSymNode) and not attempt.says_compiling:
                 continue  # a value, not a size, is what the model needs to know

@@ -118,7 +118,7 @@ _ON_CUDA = _MOVED | {"Transpose"} | {
 # Operators that run in 16 bit as they are, from opset 18 on. Not Transpose, though there is a
 # kernel: Transpose (perm 1, 0, 2) → Cast → MatMul crashes onnxruntime 1.31.1 while it optimizes.
 CPU: dict[torch.dtype, frozenset[str]] = {fp16: _MOVED | {"Expand"}, bf16: _MOVED}
-# From the list of registered kernels in onnxruntime's docs/OperatorKernels.md (CUDA provider).
+# Of the kernels that onnxruntime's docs/OperatorKernels.md lists for the CUDA provider.
 CUDA: dict[torch.dtype, frozenset[str]] = {fp16: _ON_CUDA | {"Conv", "Pad"}, bf16: _ON_CUDA}
 # Operators with a kernel from a later opset on only.
 CUDA_SINCE: dict[torch.dtype, dict[str, int]] = {bf16: {"Conv": 22}}

@@ -25,6 +25,9 @@ pytestmark = [
     ),
 ]
 
+# Three units instead of two: the provider's 16-bit products and torch's add up in other orders.
+ON_CUDA = 1.5
+
 
 def test_every_row_for_the_cuda_provider_holds() -> None:
     findings = list(probe_ort.probe(TARGETS["cuda"], (18, 23), ENDS))
@@ -53,14 +56,14 @@ def test_steps_equal_their_graph_in_torch_on_cuda(
     pair = Pair(CASES[name], precision, tmp_path, target="cuda")
     assert pair.trainer._device == "cuda"
     in_torch = InTorch(pair)
-    unit = UNITS.get(precision, 1e-5)
+    limit = ON_CUDA * UNITS[precision] if precision in UNITS else 1e-5
     for size in (4, 3):
         batch = CASES[name].batch(size)
         results, state = in_torch.step(batch)
         result = pair.trainer.step(**pair.named(batch))
-        assert result["loss"] == pytest.approx(float(results["loss"]), rel=unit)
+        assert result["loss"] == pytest.approx(float(results["loss"]), rel=limit)
         found = errors(pair.trainer.state_dict(), state, CASES[name].zero)
-        assert max(found.values()) <= unit, found
+        assert max(found.values()) <= limit, found
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
