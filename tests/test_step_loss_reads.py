@@ -15,7 +15,7 @@ from torch import nn
 
 import mpgraph
 from mpgraph.step.reads import LossReads
-from tests.twins import Net, Twins, loss_fn
+from tests.twins import Net, Twins, batch, loss_fn
 
 factor = 1.0
 
@@ -149,11 +149,32 @@ def by_teacher() -> tuple[Callable[..., Any], Callable[[], None]]:
     return loss, lambda: teacher.train(False) and None
 
 
+def _by_number(take: Callable[[torch.Tensor], Any]) -> Any:
+    weights = {"main": torch.tensor(1.0)}
+
+    def loss(model: nn.Module, x: Any, y: Any) -> Any:
+        return loss_fn(model, x, y) * take(weights["main"])
+
+    return loss, lambda: weights["main"].data.fill_(3.0)
+
+
+def by_item() -> tuple[Callable[..., Any], Callable[[], None]]:
+    return _by_number(torch.Tensor.item)
+
+
+def by_float() -> tuple[Callable[..., Any], Callable[[], None]]:
+    return _by_number(float)
+
+
+def by_int() -> tuple[Callable[..., Any], Callable[[], None]]:
+    return _by_number(int)
+
+
 @pytest.mark.parametrize(
     "make",
     [
         by_global, by_closure, by_dict, by_default, by_tensor, by_object, by_method, by_partial,
-        by_mode, by_part, by_teacher, by_converted_teacher,
+        by_mode, by_part, by_teacher, by_converted_teacher, by_item, by_float, by_int,
     ],
 )  # fmt: skip
 def test_what_a_loss_function_reads_may_change(make: Any) -> None:
@@ -174,6 +195,17 @@ def test_what_a_loss_function_does_not_read_may_change_without_a_capture() -> No
         made.calls += 1
         twins.agree(1)
     assert len(twins.step._captures.gradients) == captured
+
+
+def test_a_number_taken_out_of_a_tensor_captures_once_for_each_value() -> None:
+    weight = torch.tensor(1.0, dtype=torch.bfloat16)
+    twins = Twins(lambda model, x, y: loss_fn(model, x, y) * weight.item())
+    twins.agree(3)
+    assert len(twins.step._captures.gradients) == 1
+    for value in (2.0, float("nan"), 1.0, 2.0, float("nan")):
+        weight.fill_(value)
+        twins.step(*batch(0))
+    assert len(twins.step._captures.gradients) == 3
 
 
 def test_functions_of_libraries_are_not_looked_into() -> None:

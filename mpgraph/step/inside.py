@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from mpgraph import recurrent
@@ -26,6 +27,7 @@ from mpgraph.pipeline import size_hint
 from mpgraph.places import is_users
 from mpgraph.specialisation import Specialisation
 from mpgraph.step.loss import needs_a_value
+from mpgraph.step.taken_numbers import TAKING
 from mpgraph.structure import Spec, count_leaves, flatten, unflatten
 from mpgraph.tracing import tracing_step
 
@@ -50,6 +52,7 @@ class Inside:
         assigned: What their forward assigns to their modules.
         calls: For each call, the model and its arguments, taken apart.
         ran: For each call, the graph that was run.
+        taken: The tensors that the loss function has taken a number out of.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -58,6 +61,7 @@ class Inside:
         self.assigned: list[Assigned] = []
         self.calls: list[tuple[nn.Module, list[Any], Spec]] = []
         self.ran: list[Specialisation] = []
+        self.taken: list[torch.Tensor] = []
         self._made: dict[Any, dict[str, Any]] = {}
         self._last = _last_node(graph)
         self._in_model = False
@@ -189,6 +193,8 @@ class _Lines(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _LOOKS and not self.inside._in_model:
             raise CaptureError(needs_a_value(user_line()))
+        if func in TAKING and not isinstance(args[0], FakeTensor):
+            self.inside.taken.append(args[0])
         if func in _OTHER_KERNELS:
             with enable_python_dispatcher():
                 result = func(*args, **kwargs)

@@ -95,6 +95,7 @@ class Kinds:
     def note(self, gradients: Gradients) -> None:
         """The loss has just been traced, for a batch of the kind that things are in now."""
         self._reads.attributes.note(gradients.reads)
+        self._reads.taken.note(gradients.taken)
 
     def _held_now(self, in_model: list[int]) -> int:
         """A number that stands for the parameters of model and optimizer as they are now."""

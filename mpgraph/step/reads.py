@@ -22,6 +22,7 @@ from mpgraph.module import MixedPrecision, state_of
 from mpgraph.places import is_foreign, is_own_file
 from mpgraph.plain import PLAIN, STATE
 from mpgraph.read_guard import ReadVersions
+from mpgraph.step.taken_numbers import TakenNumbers
 
 # How far into containers and objects one looks.
 _DEPTH = 4
@@ -38,6 +39,7 @@ class LossReads:
         self.names: set[str] = set()
         # What it was seen to read of modules while it was traced.
         self.attributes = ReadVersions()
+        self.taken = TakenNumbers()
         self._enter(loss_fn)
 
     def items(self) -> list[tuple[str, Any]]:
@@ -66,7 +68,7 @@ class LossReads:
     def state(self) -> tuple[Any, ...]:
         """Something that is equal as long as all of it is what it was."""
         found = [self._state_of(value, 0) for value in self.values()]
-        return *found, self.attributes.number()
+        return *found, self.attributes.number(), self.taken.number()
 
     def _enter(self, value: Any) -> None:
         """Note a function, or what is called like one, and the user's functions that it names."""

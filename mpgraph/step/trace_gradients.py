@@ -58,6 +58,7 @@ class Gradients:
         mode: The fake mode of every value in the graph.
         sizes: For which sizes of a batch it holds, where some are symbolic.
         reads: The attributes of modules that the loss function has read by itself.
+        taken: The tensors that it has taken a number out of.
     """
 
     graph_module: fx.GraphModule
@@ -68,6 +69,7 @@ class Gradients:
     mode: FakeTensorMode
     sizes: SizeGuards
     reads: Reads
+    taken: list[torch.Tensor]
 
 
 def trace_gradients(
@@ -153,8 +155,9 @@ def _run_once(trace: _Trace, leaves: Tensors, dynamic: Sequence[frozenset[int]])
     ]
     guards = SizeGuards(fakes if any(dynamic) else (), models)
     return Gradients(
-        gm, trace.result, inside.assigned, inside.states, inside.calls, mode, guards, record.reads
-    )
+        gm, trace.result, inside.assigned, inside.states, inside.calls, mode, guards, record.reads,
+        inside.taken,
+    )  # fmt: skip
 
 
 class _Trace:

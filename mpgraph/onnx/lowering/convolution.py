@@ -99,7 +99,7 @@ def _by_products(large: Tensor, small: Tensor, kernel: Sequence[int], steps: _St
             stop = start + (small.shape[2 + axis] - 1) * steps.stride[axis] + 1
             met = aten.slice(met, 1 + axis, start, stop, steps.stride[axis])
         found.append(rows @ met.flatten(0, -2))
-    return torch.stack(found, -1).unflatten(-1, [*kernel])
+    return torch.stack(found, -1).reshape(rows.shape[0], large.shape[1], *kernel)
 
 
 def _by_convolution(large: Tensor, small: Tensor, kernel: Sequence[int], steps: _Steps) -> Tensor:
