@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch._C import DispatchKey
+from torch._subclasses import fake_impls
 
 Kernel = Callable[..., Any]
 
@@ -14,13 +15,18 @@ Kernel = Callable[..., Any]
 class PythonKernels:
     """While this is active, operators have these kernels at a key; None: torch's in C++.
 
-    It may be entered by several threads, and inside of itself.
+    ``fakes`` say what operators yield on fake values where torch does not, or refuses them; they
+    take the fake mode and the operator before its arguments. It may be entered by several threads,
+    and inside of itself.
     """
 
     def __init__(
-        self, kernels: Mapping[Any, Kernel | None], key: DispatchKey = DispatchKey.Autograd
+        self,
+        kernels: Mapping[Any, Kernel | None],
+        key: DispatchKey = DispatchKey.Autograd,
+        fakes: Mapping[Any, Kernel] | None = None,
     ) -> None:
-        self._kernels, self._key = kernels, key
+        self._kernels, self._key, self._fakes = kernels, key, fakes or {}
         self._lock = threading.Lock()
         self._entered = 0
         self._set_aside: dict[Any, Kernel | None] = {}
@@ -28,23 +34,25 @@ class PythonKernels:
     def __enter__(self) -> None:
         with self._lock:
             if not self._entered:
-                self.begin()
+                self._begin()
             self._entered += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._entered -= 1
             if not self._entered:
-                self.end()
+                self._end()
 
-    def begin(self) -> None:
-        """Put them in place."""
+    def _begin(self) -> None:
         self._set_aside = {t: t.py_kernels.get(self._key) for t in self._kernels}
         self._put(self._kernels)
+        for target, fake in self._fakes.items():
+            fake_impls.register_op_impl(target)(fake)
 
-    def end(self) -> None:
-        """Put back what was there."""
+    def _end(self) -> None:
         self._put(self._set_aside)
+        for target in self._fakes:
+            fake_impls._deregister_op_impl(target)
 
     def _put(self, kernels: Mapping[Any, Kernel | None]) -> None:
         for target, kernel in kernels.items():

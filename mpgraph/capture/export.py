@@ -42,6 +42,7 @@ from mpgraph.capture.transforms import refuse_transforms
 from mpgraph.capture.writes import writes_taken_back
 from mpgraph.plain import MODULE_STATE
 from mpgraph.recurrent import looked_at
+from mpgraph.refused_in_16_bit import looked_at_in_fp32
 from mpgraph.structure import (
     Spec,
     count_leaves,
@@ -230,7 +231,7 @@ def _trace(
         watch(forward_only=plan.call.forward_only),
         _same_containers(plan.model),
     ):
-        with autocast, plan.marks.made(), other_threads_untraced(), looked_at:
+        with autocast, plan.marks.made(), other_threads_untraced(), looked_at, looked_at_in_fp32:
             return _export(_FlatModule(plan), plan.call)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import fake_impls
 
 from mpgraph.onnx.lowering.linear_algebra import determinant, log_determinant
 from mpgraph.python_kernels import PythonKernels
@@ -66,17 +65,5 @@ for _name in ("_use_cudnn_ctc_loss", "_use_miopen_ctc_loss"):
 _FAKES[aten.multilabel_margin_loss_backward.default] = _like_input
 
 
-class _Whole(PythonKernels):
-    def begin(self) -> None:
-        super().begin()
-        for target, fake in _FAKES.items():
-            fake_impls.register_op_impl(target)(fake)
-
-    def end(self) -> None:
-        super().end()
-        for target in _FAKES:
-            fake_impls._deregister_op_impl(target)
-
-
-whole_operators = _Whole({**dict.fromkeys(_WHOLE), **_REPLACED})
+whole_operators = PythonKernels({**dict.fromkeys(_WHOLE), **_REPLACED}, fakes=_FAKES)
 """Trace without torch's Python decompositions of these operators; several may be inside."""

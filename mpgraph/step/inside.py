@@ -26,6 +26,7 @@ from mpgraph.module import State
 from mpgraph.pipeline import size_hint
 from mpgraph.places import is_users
 from mpgraph.specialisation import Specialisation
+from mpgraph.step.later_checks import LATER
 from mpgraph.step.loss import needs_a_value
 from mpgraph.step.taken_numbers import TAKING
 from mpgraph.structure import Spec, count_leaves, flatten, unflatten
@@ -199,7 +200,7 @@ class _Lines(TorchFunctionMode):
             with enable_python_dispatcher():
                 result = func(*args, **kwargs)
         else:
-            result = recurrent.run(func, args, kwargs)
+            result = recurrent.run(LATER.get(func, func), args, kwargs)
         if not self.inside._in_model:
             self.inside.note({"module_path": "loss", "stack_trace": _users_line()}, result)
         return result
