@@ -19,10 +19,12 @@ from mpgraph.module import MixedPrecision, State, state_of
 from mpgraph.onnx import files, self_check
 from mpgraph.onnx.extra import has_runtime, require_onnx
 from mpgraph.onnx.inference import DynamicShapes, Inference, capture_inference, set_io_dtypes
-from mpgraph.onnx.program import exported_program, make_functional, refuse_untranslated
+from mpgraph.onnx.naming import axis_names, name_axes, name_nodes
+from mpgraph.onnx.program import as_program, make_functional
+from mpgraph.onnx.random_numbers import refuse_random
 from mpgraph.onnx.report import Check, ExportReport, count_nodes
 from mpgraph.onnx.targets import HALVES, Target, TargetContext, target_of
-from mpgraph.onnx.translate import axis_names, describe_nodes, name_axes, translate
+from mpgraph.onnx.translate import translate
 from mpgraph.passes.legalize import legalize
 from mpgraph.pipeline import run_passes
 from mpgraph.policy import Policy
@@ -144,19 +146,17 @@ def _notes(model: nn.Module) -> list[str]:
 
 def _lower(graph: Inference, target: Target, state: State) -> tuple[fx.GraphModule, Any, Any]:
     """The functional graph that the target can run, its state, and the ONNX model made of it."""
-    program = exported_program(graph.gm, graph.state, graph.examples, functional=False)
+    program = as_program(graph.gm, graph.state, functional=False)
     half_products = any(target.runs("Gemm", dtype) for dtype in HALVES)
-    gm, values = make_functional(program, half_products=half_products)
-    refuse_untranslated(gm.graph)
+    gm, values = make_functional(program, target.opset, half_products=half_products)
+    refuse_random(gm.graph)
     graph.notes += [f"the file does not do what forward writes to {n}" for n in gm.meta["writes"]]
     settings = state.settings
     context = TargetContext(settings.policy, settings.precision.compute, target=target)
     run_passes(gm, [legalize], context)
-    names = axis_names(gm, graph.inputs, graph.axes, values)
-    program = exported_program(gm, values, graph.examples, functional=True)
-    made = translate(program, graph.inputs, graph.outputs, target)
-    name_axes(made, names)
-    describe_nodes(made)
+    made = translate(gm, graph.inputs, graph.outputs, opset=target.opset, state=values)
+    name_axes(made, axis_names(gm, graph.inputs, graph.axes, values))
+    name_nodes(made)
     return gm, values, made
 
 

@@ -19,6 +19,7 @@ from mpgraph.errors import ExportError, MPGraphError
 from mpgraph.gather import home_of
 from mpgraph.module import State
 from mpgraph.onnx.one_device import put_on
+from mpgraph.onnx.whole_operators import whole_operators
 from mpgraph.structure import Node as Container
 from mpgraph.structure import Plain, Spec, count_leaves, flatten, leaf_names
 
@@ -70,7 +71,7 @@ def capture_inference(
     leaves, spec = flatten(state.bind(model, args, kwargs))
     names = argument_names(spec)
     dims, axes = _dynamic(dynamic, leaves, names)
-    with _in_eval_mode(model), torch.no_grad():
+    with _in_eval_mode(model), torch.no_grad(), whole_operators:
         call = Call(leaves, spec, names, dims, forward_only=True)
         captured = _capture(state, model, call)
         outputs = output_names(captured.output)

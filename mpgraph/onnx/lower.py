@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,10 +19,12 @@ from torch.utils import _pytree as pytree
 from mpgraph import ir
 from mpgraph.errors import ExportError
 from mpgraph.infer import fake_mode_of
+from mpgraph.onnx.composites import stays_whole
 from mpgraph.onnx.functional import CARRIED, retrace
 from mpgraph.onnx.lowering import decompositions
+from mpgraph.onnx.lowering.constants import FIX_SIZES
+from mpgraph.onnx.program import describe_node
 
-Table = Mapping[Any, Callable[..., Any]]
 Kind = tuple[Any, ...]
 
 
@@ -37,14 +39,14 @@ def lower(gm: fx.GraphModule, opset: int = 18) -> fx.GraphModule:
         ExportError: A translation holds for one size of the batch alone.
     """
     symbolic = [size for size in _sizes(gm) if not size.node.expr.is_number]
-    lowering = _Lowering(gm, decompositions(opset))
+    lowering = _Lowering(gm, opset)
     for node in gm.graph.nodes:
         if not _is_check(node):
             lowering.add(node)
     if any(size.node.expr.is_number for size in symbolic):
         raise ExportError(
-            "an operator of the step is translated for one size of the batch alone. Export with "
-            "dynamic_batch=False."
+            "an operator is translated for one size of the batch, or of another dimension that "
+            f"varies, alone. {FIX_SIZES}"
         )
     graph = lowering.graph
     for node in list(graph.nodes):
@@ -82,8 +84,8 @@ class _Parts:
 class _Lowering:
     """A new graph, node by node."""
 
-    def __init__(self, gm: fx.GraphModule, table: Table) -> None:
-        self.table, self.graph = table, fx.Graph()
+    def __init__(self, gm: fx.GraphModule, opset: int) -> None:
+        self.opset, self.graph = opset, fx.Graph()
         self.root = torch.nn.Module()
         self.old = gm
         # For each node of the old graph its value here: a node, or several where it has several.
@@ -96,7 +98,7 @@ class _Lowering:
     def add(self, node: fx.Node) -> None:
         """Append what a node becomes."""
         if node.op == "get_attr":
-            self.values[node] = self._attribute(getattr(self.old, str(node.target)), node.meta)
+            self.values[node] = self._held(getattr(self.old, str(node.target)), node.meta)
         elif _picks(node) and isinstance(self.values[node.args[0]], (tuple, list)):  # type: ignore
             self.values[node] = self.values[node.args[0]][node.args[1]]  # type: ignore
         elif isinstance(node.target, torch._ops.OpOverload) and (parts := self._parts(node)):
@@ -107,7 +109,7 @@ class _Lowering:
     def _parts(self, node: fx.Node) -> _Parts | None:
         inputs, kind = kind_of(node, self.kinds)
         if kind not in self.known:
-            self.known[kind] = _taken_apart(node, inputs, self.table)
+            self.known[kind] = _taken_apart(node, inputs, self.opset)
         return self.known[kind]
 
     def _put(self, parts: _Parts, node: fx.Node) -> Any:
@@ -142,6 +144,11 @@ class _Lowering:
         if expression is not None:
             self.sizes[expression] = copy
         return copy
+
+    def _held(self, value: Any, meta: Mapping[str, Any]) -> fx.Node:
+        """A tensor, or the graph of a branch."""
+        is_graph = isinstance(value, fx.GraphModule)
+        return self._attribute(lower(value, self.opset) if is_graph else value, meta)
 
     def _attribute(self, value: Any, meta: Mapping[str, Any]) -> fx.Node:
         name = f"constant_{self.attributes}"
@@ -197,24 +204,36 @@ def _size_kind(value: Any) -> Any:
     return value.node.expr if is_symbol else (type(value), value)
 
 
-def _taken_apart(node: fx.Node, inputs: list[fx.Node], table: Table) -> _Parts | None:
+def _taken_apart(node: fx.Node, inputs: list[fx.Node], opset: int) -> _Parts | None:
     """What a node becomes; None where it stays as it is."""
     from torch.onnx._internal.fx.passes.type_promotion import InsertTypePromotion
 
-    target: Any = node.target
-    # What yields a size has no parts; torch counts it among the operators that have.
-    is_size = isinstance(node.meta["val"], (int, float, torch.SymInt, torch.SymFloat))
-    opens = target in table or (target._can_decompose() and not is_size)
+    table = decompositions(opset)
+    opens = node.target in table or (_is_composite(node) and not stays_whole(node, opset))
     if not opens and not _may_promote(node):
         return None
     made = _alone(node, inputs)
     with fake_mode_of(node.meta["val"]):
-        made = retrace(made, decompositions=table) if opens else made
+        made = _opened(node, made, table) if opens else made
         before = _text(made)
         if any(map(_may_promote, made.graph.nodes)):
             InsertTypePromotion(made, _promotions()).run()
     result = pytree.tree_structure(node.meta["val"])
     return _Parts(made, result) if opens or _text(made) != before else None
+
+
+def _opened(node: fx.Node, alone: fx.GraphModule, table: Any) -> fx.GraphModule:
+    try:
+        return retrace(alone, decompositions=table)
+    except ExportError as error:
+        reason = str(error).partition("\n\nWhile executing")[0]
+        raise ExportError(f"{reason}\n{describe_node(node)}") from error
+
+
+def _is_composite(node: fx.Node) -> bool:
+    # What yields a size has no parts; torch counts it among the operators that have.
+    is_size = isinstance(node.meta["val"], (int, float, torch.SymInt, torch.SymFloat))
+    return not is_size and node.target._can_decompose()  # type: ignore[union-attr]
 
 
 @functools.cache

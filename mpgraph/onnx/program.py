@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import types
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -26,52 +27,42 @@ from torch.utils import _pytree as pytree
 
 from mpgraph import ir
 from mpgraph.errors import ExportError
-from mpgraph.onnx.decompositions import (
-    decompositions,
-    draws_random_numbers,
-    has_translation,
-)
+from mpgraph.onnx.composites import opened
+from mpgraph.onnx.whole_operators import whole_operators
 
 State = Mapping[str, tuple[str, torch.Tensor]]
+NO_STATE: State = types.MappingProxyType({})
 
 
-class _Decomposed(ExportedProgram):
-    """A program that is functional already: torch.onnx would trace it once more for nothing."""
-
-    def run_decompositions(self, *args: Any, **kwargs: Any) -> ExportedProgram:
-        return self
-
-
-def exported_program(
-    gm: fx.GraphModule, state: State, examples: Sequence[torch.Tensor], *, functional: bool
+def as_program(
+    gm: fx.GraphModule, state: State = NO_STATE, *, functional: bool = True
 ) -> ExportedProgram:
     """The graph as a program.
 
     Args:
-        gm: A flat graph that returns a tuple of tensors, with ``meta["val"]`` on every node.
+        gm: A flat graph that returns a tuple of tensors, with ``meta["val"]`` on every node. The
+            tensors that it holds become constants of the program.
         state: For each placeholder that is no input, by its name: the name and the value that it
             has in the program.
-        examples: A value per input.
         functional: Whether nothing in the graph writes to memory.
     """
-    placeholders = gm.graph.find_nodes(op="placeholder")
+    constants = _lift(gm)
+    places = gm.graph.find_nodes(op="placeholder")
+    inputs = [_input_spec(node, state, node in constants) for node in places]
     results = cast("tuple[fx.Node, ...]", gm.graph.output_node().args[0])
-    inputs = [_input_spec(node, state) for node in placeholders]
     outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(n.name), None) for n in results]
+    taken = tuple(spec.arg for spec in inputs if spec.kind is InputKind.USER_INPUT)
     structure = ModuleCallSignature(
-        [], [],
-        pytree.tree_structure((tuple(examples), {})),
-        pytree.tree_structure(tuple(results)),
-    )  # fmt: skip
-    program = (_Decomposed if functional else ExportedProgram)(
+        [], [], pytree.tree_structure((taken, {})), pytree.tree_structure(tuple(results))
+    )
+    program = ExportedProgram(
         root=gm,
         graph=gm.graph,
         graph_signature=ExportGraphSignature(inputs, outputs),
         state_dict={name: value for name, value in state.values()},
         range_constraints={},
         module_call_graph=[ModuleCallEntry("", structure)],
-        example_inputs=(tuple(examples), {}),
-        constants={},
+        constants={str(node.target): value for node, value in constants.items()},
         verifiers=[Verifier if functional else TrainingIRVerifier],
     )
     # What the capture assumed of sizes is in the shapes; as code it names the capture's arguments.
@@ -79,32 +70,53 @@ def exported_program(
     return program
 
 
-def _input_spec(node: fx.Node, state: State) -> InputSpec:
+def _input_spec(node: fx.Node, state: State, is_constant: bool) -> InputSpec:
     argument = TensorArgument(node.name)
-    if node.name not in state:
-        return InputSpec(InputKind.USER_INPUT, argument, None)
-    return InputSpec(InputKind.BUFFER, argument, state[node.name][0], persistent=True)
+    if node.name in state:
+        return InputSpec(InputKind.BUFFER, argument, state[node.name][0], persistent=True)
+    if is_constant:
+        return InputSpec(InputKind.CONSTANT_TENSOR, argument, str(node.target))
+    return InputSpec(InputKind.USER_INPUT, argument, None)
+
+
+def _lift(gm: fx.GraphModule) -> dict[fx.Node, torch.Tensor]:
+    """Make inputs of the tensors that a graph holds; their values."""
+    places: dict[str, fx.Node] = {}
+    first = next(iter(gm.graph.nodes))
+    for node in list(gm.graph.find_nodes(op="get_attr")):
+        name = str(node.target)
+        tensor = getattr(gm, name)
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if name not in places:
+            with gm.graph.inserting_before(first):
+                places[name] = gm.graph.placeholder(name)
+            places[name].meta = {"val": tensor, **node.meta}
+        node.replace_all_uses_with(places[name])
+        gm.graph.erase_node(node)
+    return {place: getattr(gm, name) for name, place in places.items()}
 
 
 def make_functional(
-    program: ExportedProgram, *, half_products: bool = False
+    program: ExportedProgram, opset: int, *, half_products: bool = False
 ) -> tuple[fx.GraphModule, State]:
-    """The program as a functional ATen graph of what torch.onnx translates, and its state.
+    """The program as a functional ATen graph, and its state.
 
-    Operators that torch.onnx translates whole (``linear``, ``layer_norm``, attention) stay whole.
-    Module paths and source lines stay on the nodes. What the model writes to, beside its results,
-    is not returned: ``meta["writes"]`` names it. ``half_products`` as for
-    :func:`mpgraph.onnx.decompositions.decompositions`.
+    Composite operators that are translated whole (``linear``, ``layer_norm``, attention) stay
+    whole. Module paths and source lines stay on the nodes. What the model writes to, beside its
+    results, is not returned: ``meta["writes"]`` names it. ``half_products`` as for
+    :func:`mpgraph.onnx.composites.opened`.
     """
-    table = decompositions(half_products=half_products)
+    table = opened(opset, half_products=half_products)
     try:
-        with quiet():
+        with quiet(), whole_operators:
             made = program.run_decompositions(table)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise ExportError(
             f"torch cannot make the graph functional: {type(error).__name__}: {first}"
         ) from error
+    _drop_checks(made.graph)
     _refuse_effects(made.graph)
     signature, gm = made.graph_signature, made.graph_module
     results = gm.graph.output_node().args[0]
@@ -122,7 +134,10 @@ def make_functional(
     state: dict[str, tuple[str, torch.Tensor]] = {}
     for spec in signature.input_specs:
         name = getattr(spec.arg, "name", "")
-        if spec.kind is not InputKind.USER_INPUT:
+        if spec.kind is InputKind.TOKEN:
+            (token,) = (node for node in gm.graph.find_nodes(op="placeholder") if node.name == name)
+            gm.graph.erase_node(token)
+        elif spec.kind is not InputKind.USER_INPUT:
             assert spec.target is not None
             values = made.state_dict if spec.target in made.state_dict else made.constants
             state[name] = (spec.target, cast(torch.Tensor, values[spec.target]))
@@ -136,6 +151,16 @@ def make_functional(
 
 
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+
+
+def _drop_checks(graph: fx.Graph) -> None:
+    """Take out checks that a matrix is not singular: what is solved is infinite or NaN then."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.with_effects):
+        if node.args[1] is torch.ops.aten._linalg_check_errors.default:
+            for token in list(node.users):
+                token.replace_all_uses_with(node.args[0])
+                graph.erase_node(token)
+            graph.erase_node(node)
 
 
 def _refuse_effects(graph: fx.Graph) -> None:
@@ -152,29 +177,6 @@ def _module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = str(list(stack.values())[-1][0]) if stack else ""
     return path.removeprefix("model").removeprefix(".")
-
-
-def refuse_untranslated(graph: fx.Graph) -> None:
-    """Check that torch.onnx has a translation for every operator of a functional graph.
-
-    Raises:
-        ExportError: It has not, or the operator draws random numbers; names the operators, the
-            nodes and the user's lines.
-    """
-    random = [node for node in graph.nodes if draws_random_numbers(node)]
-    if random:
-        raise ExportError(
-            "the model draws random numbers, which no runtime draws as torch does:\n"
-            + "\n".join(map(describe_node, random))
-            + "\nTake the noise as an input, or leave it out in eval mode."
-        )
-    lacking = [n for n in graph.nodes if ir.is_operator(n) and not has_translation(n)]
-    if lacking:
-        raise ExportError(
-            "torch.onnx has no translation for:\n"
-            + "\n".join(dict.fromkeys(map(describe_node, lacking)))
-            + "\nWrite that part of the model with other operators, or export the model without it."
-        )
 
 
 def describe_node(node: fx.Node) -> str:

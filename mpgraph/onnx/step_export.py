@@ -13,8 +13,8 @@ import torch
 from mpgraph.onnx.chunk_updates import chunk_updates
 from mpgraph.onnx.extra import library
 from mpgraph.onnx.forward_trace import evaluation, model_results, trace_question
-from mpgraph.onnx.from_graph import translate
 from mpgraph.onnx.in_place import in_place
+from mpgraph.onnx.naming import name_axes
 from mpgraph.onnx.one_device import put_on
 from mpgraph.onnx.result_order import order_results
 from mpgraph.onnx.rounding import IR_VERSION, write_rounding
@@ -30,6 +30,7 @@ from mpgraph.onnx.step_files import (
 from mpgraph.onnx.step_report import ExportedStep
 from mpgraph.onnx.step_trace import StepGraph, trace_step
 from mpgraph.onnx.targets import Target, target_of
+from mpgraph.onnx.translate import translate
 from mpgraph.onnx.uncollected import uncollected
 from mpgraph.passes.counter_dropout import SEED
 from mpgraph.runtime import manifest as files
@@ -124,9 +125,10 @@ def _values(graphs: Iterable[StepGraph], seed: int) -> dict[str, torch.Tensor]:
 def translated(graph: StepGraph, target: Target) -> Any:
     """The step as an ``onnx_ir.Model``."""
     outputs = [*graph.results, *(next_name(port.name) for port in graph.state())]
-    dims = {graph.symbol: "batch"} if graph.symbol else {}
     inputs = [port.name for port in graph.ports]
-    return translate(graph.graph_module, inputs, outputs, opset=target.opset, dims=dims)
+    model = translate(graph.graph_module, inputs, outputs, opset=target.opset)
+    name_axes(model, {graph.symbol: "batch"} if graph.symbol else {})
+    return model
 
 
 def _in_pieces(model: Any, graph: StepGraph, target: Target) -> dict[str, tuple[int, int]]:

@@ -1,59 +1,119 @@
-"""From a functional graph to an ONNX model, by torch.onnx and exact clean-up alone."""
+"""From a graph of ATen operators to an ONNX model with named inputs and outputs.
+
+The exporter of ``torch.onnx`` translates. What it would do afterwards to "optimize" is not exact:
+it deletes ``+ eps`` for an eps up to 1e-8, and factors within 1e-5 of 1. So only passes that change
+no value run here.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import fx
-from torch.export import ExportedProgram
 
 from mpgraph import ir
 from mpgraph.errors import ExportError
 from mpgraph.onnx.extra import library
-from mpgraph.onnx.program import describe_node, quiet
-from mpgraph.onnx.targets import Target
+from mpgraph.onnx.functional import drop_copies
+from mpgraph.onnx.lower import lower
+from mpgraph.onnx.program import NO_STATE, State, as_program, describe_node, quiet
+from mpgraph.onnx.registry import registry
 
 # Larger constants stay computed: folding would write what depends on example sizes into the file.
 FOLDED_ELEMENTS = 1024
+# What a node says of where it comes from.
+PART, MODULE, LINE = "part", "module", "line"
 
 
 def translate(
-    program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], target: Target
+    gm: fx.GraphModule,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    *,
+    opset: int = 18,
+    state: State = NO_STATE,
 ) -> Any:
-    """The program as an ``onnx_ir.Model`` of standard operators at the target's opset.
+    """An ``onnx_ir.Model`` that computes what a graph computes, in standard operators.
 
-    ``torch.onnx.export(optimize=True)`` would delete additions of small constants and products
-    with constants near one; it is off, and what is cleaned up is exact.
+    Every node says where it comes from: see :data:`PART`, :data:`MODULE` and :data:`LINE`.
+
+    Args:
+        gm: A graph without writes, of ATen operators on fake values of one mode, which returns a
+            flat tuple. It stays as it is.
+        inputs: A name for every placeholder that is an input.
+        outputs: A name for every result.
+        opset: The version of the ai.onnx operators, from 18 to 23.
+        state: For every other placeholder, by its name: the name and the value in the model.
 
     Raises:
-        ExportError: torch.onnx cannot translate a node; names it.
+        ExportError: An operator has no translation; names it, its node and the user's line.
     """
-    described = {node.name: describe_node(node) for node in program.graph.nodes}
-    for node in program.graph.nodes:
-        # torch.onnx writes it into the file, for every node: the user's line is enough.
-        node.meta["stack_trace"] = ir.source_line(node)
-    try:
-        with quiet():
-            made: Any = torch.onnx.export(
-                program, (), dynamo=True, optimize=False, verbose=False,
-                input_names=list(inputs), output_names=list(outputs), opset_version=target.opset,
-            )  # fmt: skip
-    except Exception as error:
-        raise ExportError(_why(described, error)) from error
-    model = made.model
-    with quiet():  # of what onnx's reference evaluator cannot fold
-        clean(model)
-    _check_opsets(model, target)
+    lowered = lower(gm, opset)
+    for body in ir.all_graphs(lowered):
+        _refuse_untranslated(body.graph, opset)
+    with quiet():  # of what onnx's reference evaluator cannot fold, too
+        model = _translated(lowered, state, opset)
+        clean(model, {name for name, _ in state.values()})
+    _check_opsets(model, opset)
+    _rename(model, inputs, outputs)
     return model
+
+
+def _refuse_untranslated(graph: fx.Graph, opset: int) -> None:
+    known = registry(opset)
+    lacking = [n for n in graph.nodes if ir.is_operator(n) and not known.is_registered(n.target)]
+    if lacking:
+        raise ExportError(
+            "there is no translation to ONNX of:\n"
+            + "\n".join(dict.fromkeys(map(describe_node, lacking)))
+            + "\nWrite that part in other operators, or export the model without it."
+        )
+
+
+def _translated(gm: fx.GraphModule, state: State, opset: int) -> Any:
+    """What ``torch.onnx.export`` does once it has decomposed a program.
+
+    From its parts, because it would decompose a second time: that takes as long as all the rest,
+    and knows nothing of mpgraph's rows.
+    """
+    from torch.onnx._internal.exporter import _core
+
+    drop_copies(gm.graph)
+    _keep_outputs_apart(gm.graph)
+    described = {node.name: describe_node(node) for node in gm.graph.nodes}
+    program = as_program(gm, state)
+    try:
+        made = _core._exported_program_to_onnx_program(program, registry=registry(opset))
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(_why(described, error)) from error
+    _tell_origins(made.model)  # first: the nodes of another version know it from these
+    return vars(_core)["onnxscript_apis"].convert_version(made.model, opset)
+
+
+def _keep_outputs_apart(graph: fx.Graph) -> None:
+    """A copy of every result that is an input, or that is returned twice: ONNX names each once."""
+    output = graph.output_node()
+    seen: set[fx.Node] = set()
+    results: list[Any] = []
+    for node in output.args[0]:  # type: ignore[union-attr]
+        assert isinstance(node, fx.Node)
+        if node.op != "call_function" or node in seen:
+            with graph.inserting_before(output):
+                copy = graph.call_function(torch.ops.aten.clone.default, (node,))
+            copy.meta = dict(node.meta)
+            node = copy
+        seen.add(node)
+        results.append(node)
+    output.args = (tuple(results),)
 
 
 def _why(described: Mapping[str, str], error: BaseException) -> str:
     match = re.search(r"Error when translating node %(\w+)", _all_messages(error))
     if match is None or match[1] not in described:
-        return f"torch.onnx cannot export the graph: {_first_cause(error)}"
+        return f"torch.onnx cannot translate the graph: {_first_cause(error)}"
     return f"torch.onnx cannot translate:\n{described[match[1]]}\n{_first_cause(error)}"
 
 
@@ -71,9 +131,29 @@ def _first_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
-def clean(model: Any) -> None:
-    """Inline functions, fold small constants, merge equal nodes, drop dead ones: exactly."""
+def _tell_origins(model: Any) -> None:
+    """Say of each node which module and line it comes from, instead of what torch.onnx says."""
+    for node in model.graph:
+        origin = node.meta.get("node")
+        node.metadata_props.clear()
+        if origin is not None:
+            told = {
+                PART: origin.meta.get("part"),
+                MODULE: ir.module_path(origin),
+                LINE: ir.source_line(origin),
+            }
+            node.metadata_props.update({k: str(v) for k, v in told.items() if v})
+
+
+def clean(model: Any, weights: Set[str]) -> None:
+    """Make a model smaller by passes that change no value.
+
+    Weights, given by their names, stay as they are stored.
+    """
     passes, optimizer = library("onnx_ir.passes.common"), library("onnxscript.optimizer")
+
+    def should_fold(node: Any) -> bool | None:
+        return None if weights.isdisjoint(v.name for v in node.inputs if v is not None) else False
 
     passes.InlinePass()(model)
     optimizer.fold_constants(
@@ -81,107 +161,63 @@ def clean(model: Any) -> None:
         onnx_shape_inference=True,
         input_size_limit=FOLDED_ELEMENTS,
         output_size_limit=FOLDED_ELEMENTS,
-        should_fold=_reads_no_weight,
+        should_fold=should_fold,
     )
-    passes.RemoveUnusedNodesPass()(model)
-    passes.CommonSubexpressionEliminationPass()(model)
-    passes.RemoveUnusedNodesPass()(model)
-    passes.RemoveUnusedFunctionsPass()(model)
-    passes.RemoveUnusedOpsetsPass()(model)
+    for clean_up in (
+        passes.RemoveUnusedNodesPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+    ):
+        clean_up(model)
 
 
-def _reads_no_weight(node: Any) -> bool | None:
-    """Weights stay as they are stored, and keep their names."""
-    if any(value is not None and value.is_initializer() for value in node.inputs):
-        return False
-    return None
-
-
-def _check_opsets(model: Any, target: Target) -> None:
+def _check_opsets(model: Any, opset: int) -> None:
     found = dict(model.graph.opset_imports) or dict(model.opset_imports)
-    if found != {"": target.opset}:
+    if found != {"": opset}:
         raise ExportError(
-            f"the model came out with operators of {found} instead of ai.onnx opset "
-            f"{target.opset}: torch.onnx translates to opset 18 and could not convert that. Try "
-            "opset=18."
+            f"the model came out with operators of {found} instead of ai.onnx opset {opset}: "
+            "torch.onnx translates to opset 18 and could not convert that. Try opset=18."
         )
 
 
-def name_axes(model: Any, names: Mapping[str, str]) -> None:
-    """Give symbolic dimensions readable names, in expressions too: ``2*batch``."""
-    onnx_ir = library("onnx_ir")
-
-    if not names:
-        return
-    pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
-
-    def renamed(size: Any) -> Any:
-        # An unknown size stays unknown: as a name, "None" would say that all of them are equal.
-        text = getattr(size, "value", None)
-        return pattern.sub(lambda m: names[m[1]], text) if isinstance(text, str) else size
-
-    for value in _values(model):
-        if value.shape is not None:
-            value.shape = onnx_ir.Shape(map(renamed, value.shape))
-
-
-def _values(model: Any) -> Any:
-    yield from model.graph.inputs
-    yield from model.graph.initializers.values()
-    for node in model.graph.all_nodes():
-        yield from node.outputs
-
-
-def axis_names(
-    gm: fx.GraphModule, inputs: Sequence[str], given: Mapping[str, Mapping[int, str]], state: Any
-) -> dict[str, str]:
-    """For each symbol in an input's shape, a name: the caller's, or batch, sequence and so on."""
-    names: dict[str, str] = {}
-    nodes = [n for n in gm.graph.find_nodes(op="placeholder") if n.name not in state]
-    for node, name in zip(nodes, inputs, strict=True):
-        value = node.meta["val"]
-        for dim, size in enumerate(value.shape):
-            symbol = "" if isinstance(size, int) else str(size.node.expr)
-            if symbol.isidentifier() and symbol not in names:
-                wanted = given.get(name, {}).get(dim) or _usual_name(value, dim, name)
-                taken = wanted in names.values()
-                names[symbol] = f"{wanted}_{name}" if taken else wanted
-    return names
-
-
-def _usual_name(value: torch.Tensor, dim: int, name: str) -> str:
-    if dim == 0:
-        return "batch"
-    is_sequence = value.dim() == 3 or (value.dim() == 2 and not value.is_floating_point())
-    return "sequence" if dim == 1 and is_sequence else f"{name}_dim_{dim}"
-
-
-def describe_nodes(model: Any) -> None:
-    """Name every node by its module and operator, and say where in the user's code it is from."""
-    counts: dict[str, int] = {}
-    for node in model.graph.all_nodes():
-        module, line = _origin(node)
-        base = f"{module}/{node.op_type}" if module else str(node.op_type)
-        number = counts[base] = counts.get(base, -1) + 1
-        node.name = f"{base}_{number}" if number else base
-        node.metadata_props.clear()
-        node.doc_string = None
-        if module:
-            node.metadata_props["mpgraph.module"] = module
-        if line:
-            node.metadata_props["mpgraph.line"] = line
-    for value in _values(model):
+def _rename(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    _keep_names_apart(model)
+    taken = {*inputs, *outputs}
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name in taken:
+                value.name = f"{value.name}_inside"
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.name = f"{value.name}_port"
+    for values, names in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
+        for value, name in zip(values, names, strict=True):
+            value.name = name
+    for value in all_values(model):
         value.metadata_props.clear()
     model.graph.metadata_props.clear()
 
 
-def _origin(node: Any) -> tuple[str, str]:
-    """The module path and the user's line, from what torch.onnx wrote down."""
-    spaces = [part.partition(": ")[0] for part in _namespace(node).split("/")]
-    path = spaces[-2] if len(spaces) > 1 else ""
-    line = str(node.metadata_props.get("pkg.torch.onnx.stack_trace", ""))
-    return path.removeprefix("model").removeprefix("."), line
+def _keep_names_apart(model: Any) -> None:
+    """A copy of each result that is also another result: one value has one name."""
+    import onnx_ir
+
+    seen = set(model.graph.inputs)
+    for index, value in enumerate(model.graph.outputs):
+        if value in seen:
+            node = onnx_ir.node("Identity", [value])
+            model.graph.append(node)
+            (copy,) = node.outputs
+            copy.shape, copy.type = value.shape, value.type
+            copy.name = f"{value.name}_again_{index}"
+            model.graph.outputs[index] = copy
+        seen.add(value)
 
 
-def _namespace(node: Any) -> str:
-    return str(node.metadata_props.get("namespace", ""))
+def all_values(model: Any) -> Any:
+    """Every value of a model: inputs, initializers, what nodes yield."""
+    yield from model.graph.inputs
+    yield from model.graph.initializers.values()
+    for node in model.graph.all_nodes():
+        yield from node.outputs

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mpgraph.onnx.lowering import ctc
 from mpgraph.onnx.scans import scan_of_ctc
 
 aten = torch.ops.aten
@@ -61,5 +62,5 @@ def translations(opset: int, known: Callable[[Any], Translation]) -> Mapping[Any
         aten.sub.Scalar: by_number(aten.sub.Scalar, op.Sub),
         aten.div.Tensor_mode: divide,
         aten.div.Scalar_mode: divide,
-        torch.ops.mpgraph.ctc_chain.default: scan_of_ctc,
+        ctc.CHAIN: scan_of_ctc,
     }

@@ -18,10 +18,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from mpgraph.onnx.from_graph import translate
 from mpgraph.onnx.functional import functional, in_plain_operators
 from mpgraph.onnx.ports import widen_ports
 from mpgraph.onnx.targets import TargetContext, target_of
+from mpgraph.onnx.translate import translate
 from mpgraph.passes.legalize import legalize
 from mpgraph.pipeline import run_passes
 from mpgraph.policy import Policy

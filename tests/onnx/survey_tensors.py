@@ -104,7 +104,7 @@ ROWS: tuple[Row, ...] = (
     row("addr", torch.addr, ((3, 4), (3,), (4,))),
     row("addbmm", torch.addbmm, ((3, 5), (2, 3, 4), (2, 4, 5)), fixed=True),
     row("einsum of diagonals", lambda a, b: torch.einsum("bii,bij->bj", a, b), ((2, 3, 3), (2, 3, 4))),
-    row("vander", lambda x: torch.linalg.vander(x, N=4), ((3,),)),
+    row("vander", lambda x: torch.linalg.vander(x, N=4), ((3,),), widened=True),
     row("cosine_similarity of rows", lambda a, b: torch.cosine_similarity(a[:, None], b[None], dim=-1), ((3, 4), (5, 4))),
     row("cdist 1", lambda a, b: torch.cdist(a, b, p=1.0), ((2, 3, 4), (2, 5, 4))),
     row("cdist large", lambda a, b: torch.cdist(a, b), ((26, 4), (27, 4))),
@@ -122,7 +122,7 @@ ROWS: tuple[Row, ...] = (
     row("solve from the right", lambda x, b: torch.linalg.solve(_solid(x), b, left=False), ((2, 3, 3), (2, 4, 3))),
     row("solve of a vector", lambda x, b: torch.linalg.solve(_solid(x), b), ((3, 3), (3,)), fixed=True, quick=True),
     row("solve_triangular from the right", lambda x, b: torch.linalg.solve_triangular(x.exp().tril(), b, upper=False, left=False), ((2, 3, 3), (2, 4, 3))),
-    row("logdet", lambda x: torch.logdet(_spd(x)), ((2, 3, 3),)),
+    row("logdet", lambda x: torch.logdet(_spd(x)), ((2, 3, 3),), widened=True),
     # Shapes
     row("flatten, unflatten", lambda x: x.flatten(1).unflatten(1, (4, 3)) * 2, ((2, 3, 4),)),
     row("swapaxes", lambda x: x.swapaxes(0, 2) * 2, ((2, 3, 4),)),

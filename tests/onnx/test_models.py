@@ -24,7 +24,8 @@ pytestmark = [
 
 EXPORTED = (
     "conv-net", "conv-zoo", "conv1d", "conv3d", "residual-block", "norms", "unet", "embedding-bag",
-    "spectral-norm", "gru-deep-bidirectional", "rnn-cells", "einsum-attention", "rotary-block",
+    "spectral-norm", "gru-deep-bidirectional", "lstm-projection", "rnn-cells",
+    "einsum-attention", "rotary-block",
     "multihead-attention", "encoder-pre-norm", "resampling", "losses", "mixture-of-experts",
     "float64-part", "in-place", "hf-bert", "hf-llama", "hf-llama-cache", "hf-gpt2", "hf-t5",
     "hf-roberta", "hf-distilbert", "hf-electra", "hf-qwen2", "hf-gemma", "hf-mistral", "hf-bart",
@@ -32,8 +33,7 @@ EXPORTED = (
 )  # fmt: skip
 REFUSED = {
     "vae": "draws random numbers",
-    "orthogonal": "no translation for",
-    "lstm-projection": "no translation for",
+    "orthogonal": "no translation to ONNX of",
     "lstm-packed": "cannot be one graph",
     "outputs-nested": "returns 3 as output 'number'",
 }

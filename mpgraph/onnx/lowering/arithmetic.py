@@ -79,7 +79,7 @@ def _copysign(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(_signbit(y), -x.abs(), x.abs())
 
 
-def rrelu(
+def _rrelu(
     x: Tensor,
     noise: Tensor,
     lower: float = 1 / 8,
@@ -123,10 +123,12 @@ ROWS = (
         "logsumexp of every row of a lower triangle",
         "torchlib takes the maximum of all, which makes zeros of the first; quadratic",
     ),
+    Row((aten._is_all_true.default,), lambda x: x.all(), "all", "torch.all"),
+    Row((aten._is_any_true.default,), lambda x: x.any(), "any", "torch.any"),
     Row((aten.signbit.default,), _signbit, "x < 0, or x == 0 and 1 / x < 0", "IEEE 754"),
     Row((aten.copysign.Tensor,), _copysign, "-|x| where y has its sign bit", "IEEE 754"),
     Row(
-        (aten.rrelu_with_noise_functional.default,), rrelu,
+        (aten.rrelu_with_noise_functional.default,), _rrelu,
         "in evaluation mode, a leaky ReLU with the mean slope", "torch.nn.RReLU",
     ),
 )  # fmt: skip

@@ -47,7 +47,7 @@ def _per_axis(values: Any, rank: int) -> list[int]:
     return [*values] * rank if len(values) == 1 else [*values]
 
 
-def _average(rank: int) -> Function:
+def _average(target: Any, rank: int) -> Function:
     def avg_pool(
         x: Tensor,
         kernel: Any,
@@ -61,8 +61,11 @@ def _average(rank: int) -> Function:
             return NotImplemented  # ONNX has it
         sizes = x.shape[-rank:]
         given = [_per_axis(v, rank) for v in (kernel, stride or kernel, padding)]
-        numbers = zip(sizes, given[0], given[1], given[2], strict=True)
-        outputs = [_outputs(n, k, s, p, ceil_mode) for n, k, s, p in numbers]
+        outputs, floor = (
+            [*map(_outputs, sizes, *given, [mode] * rank)] for mode in (ceil_mode, False)
+        )
+        if divisor_override is None and outputs == floor:
+            return target(x, kernel, stride, padding, False, count_include_pad)
         axes = _axes(sizes, outputs, kernel, stride, padding, count_include_pad)
         if divisor_override is not None:
             return _sum_windows(x, axes, divided=False) / divisor_override
@@ -119,8 +122,8 @@ _ADAPTIVE = (
 )
 
 ROWS = (
-    Row((aten.avg_pool2d.default,), _average(2), _FORMULA, _WINDOWS),
-    Row((aten.avg_pool3d.default,), _average(3), _FORMULA, _WINDOWS),
+    Row((aten.avg_pool2d.default,), _average(aten.avg_pool2d, 2), _FORMULA, _WINDOWS),
+    Row((aten.avg_pool3d.default,), _average(aten.avg_pool3d, 3), _FORMULA, _WINDOWS),
     Row((aten.avg_pool2d_backward.default,), _average_backward(2), _FORMULA, _WINDOWS),
     Row((aten.avg_pool3d_backward.default,), _average_backward(3), _FORMULA, _WINDOWS),
     Row(

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from mpgraph.errors import ExportError
 
+FIX_SIZES = "Or export with fixed sizes: dynamic=False, dynamic_batch=False for a step."
+
 
 def constant(values: Any, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor that becomes a constant of the graph: it is made out of sight of the trace.
@@ -20,8 +22,8 @@ def constant(values: Any, dtype: torch.dtype | None = None) -> Tensor:
     """
     if any(isinstance(value, SymInt) for value in pytree.tree_leaves(values)):
         raise ExportError(
-            "an operator is translated with constants that depend on the size of the batch. Let it "
-            "work on other dimensions than the first, or export with dynamic_batch=False."
+            "an operator is translated with constants that depend on the size of the batch, or of "
+            "another dimension that varies. Let it work on other dimensions. " + FIX_SIZES
         )
     with _disable_current_modes():
         return torch.tensor(values, dtype=dtype)

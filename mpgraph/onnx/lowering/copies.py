@@ -30,6 +30,8 @@ def _as_strided(
 ) -> Tensor:
     if not size and x.numel() == 1:
         return x.view([])
+    if not offset and _lies_so(x, size, stride):
+        return x.clone()
     if not x.is_contiguous() or any(not isinstance(n, int) for n in (*size, *stride, *x.shape)):
         raise ExportError(
             "as_strided reads memory, of which an ONNX graph knows nothing: it is only translated "
@@ -39,6 +41,12 @@ def _as_strided(
     for n, step in zip(size, stride, strict=True):
         places = [base + i * step for base in places for i in range(n)]
     return x.flatten()[constant(places)].view(list(size))
+
+
+def _lies_so(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether a tensor lies in memory as asked for; of an axis of size 1, any stride does."""
+    steps = zip(x.shape, x.stride(), stride, strict=False)
+    return tuple(x.shape) == tuple(size) and all(n == 1 or a == b for n, a, b in steps)
 
 
 def _view(x: Tensor, size: Sequence[int]) -> Any:

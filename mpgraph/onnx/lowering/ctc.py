@@ -43,6 +43,10 @@ def _(start: Tensor, found: Tensor, skips: Tensor, counts: Tensor) -> Tensor:
     return torch.empty_like(found)
 
 
+CHAIN = torch.ops.mpgraph.ctc_chain.default
+"""The operator."""
+
+
 def _next(state: Tensor, skips: Tensor) -> Tensor:
     size = state.shape[1]
     by = torch.nn.functional.pad(state, (2, 0), value=-torch.inf)

@@ -224,6 +224,11 @@ ROWS = (
     Row(
         (aten.cholesky_solve.default,), _cholesky_solve, "two substitutions", f"{_GOLUB}, 4.2.5",
     ),
+    Row((aten._linalg_det.default,), determinant, "the product of the pivots", f"{_GOLUB}, 3.2.5"),
+    Row(
+        (aten._linalg_slogdet.default,), log_determinant,
+        "the sum of the logarithms of the pivots", f"{_GOLUB}, 3.2.5",
+    ),
     Row(
         (aten.lu_unpack.default,), _lu_unpack, "the triangles, and 1 in the order of the pivots",
         "torch.lu_unpack",

@@ -21,7 +21,6 @@ _REASONS: dict[Any, str] = {
     aten._native_batch_norm_legit.default: _BATCH,
     aten._native_batch_norm_legit.no_stats: _BATCH,
     aten._native_batch_norm_legit_functional.default: _BATCH,
-    aten._native_batch_norm_legit_no_training.default: _BATCH,
     aten._batch_norm_with_update_functional.default: _BATCH,
     aten._batch_norm_no_update.default: _BATCH,
     aten.native_batch_norm_backward.default: _MISSING,

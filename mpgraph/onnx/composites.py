@@ -1,0 +1,84 @@
+"""Composite operators: which stay whole until they are translated, and which are opened before.
+
+A step is traced below autograd, where torch has opened them all. The graph of an inference file
+has them as the model calls them: ``linear``, ``layer_norm`` and attention become the ONNX operators
+of these names, and each rounds once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._C import DispatchKey
+
+from mpgraph.onnx.registry import registry
+
+aten = torch.ops.aten
+
+# Composite operators that torchlib translates to something else, and to what.
+OPENED: dict[Any, str] = {
+    aten.cross_entropy_loss.default: "takes class probabilities for class numbers",
+    aten.nll_loss.default: "takes no size for ignore_index",
+    aten.embedding_bag.default: "loops over the bags",
+    aten.embedding_bag.padding_idx: "loops over the bags",
+}
+
+
+def stays_whole(node: fx.Node, opset: int) -> bool:
+    """Whether a node calls a composite operator that is translated as it is."""
+    target: Any = node.target
+    if target is aten.lstm.input and _has_projections(node):
+        return False  # torchlib makes an LSTM without projections of it
+    return _is_known(target, opset)
+
+
+def _is_known(target: Any, opset: int) -> bool:
+    return target not in OPENED and bool(registry(opset).is_registered(target))
+
+
+def _has_projections(lstm: fx.Node) -> bool:
+    _, _, weights, biases, layers, _, _, bidirectional, *_ = lstm.args
+    return len(weights) != (4 if biases else 2) * layers * (1 + bidirectional)  # type: ignore
+
+
+def opened(opset: int, *, half_products: bool = False) -> dict[Any, Callable[..., Any]]:
+    """What torch itself runs for each composite operator that does not stay whole.
+
+    Args:
+        opset: The version of the ai.onnx operators.
+        half_products: Matrix products are to run in 16 bit: ``linear`` on more than two
+            dimensions becomes one product that adds the bias before it rounds, where torch.onnx
+            makes a product and an addition of it.
+    """
+    return {**_opened(opset), **(_FOR_HALF_PRODUCTS if half_products else {})}
+
+
+@functools.cache
+def _opened(opset: int) -> dict[Any, Callable[..., Any]]:
+    composite = [
+        target
+        for target in torch.export.default_decompositions()
+        if isinstance(target, torch._ops.OpOverload) and target._can_decompose()
+    ]
+    return {target: _composite(target) for target in composite if not _is_known(target, opset)}
+
+
+def _composite(target: Any) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("kernel", None)
+        return target._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+
+    return run
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    product = flat @ weight.t() if bias is None else torch.addmm(bias, flat, weight.t())
+    return product.reshape(*x.shape[:-1], weight.shape[0])
+
+
+_FOR_HALF_PRODUCTS: dict[Any, Callable[..., Any]] = {aten.linear.default: _linear}

@@ -1,0 +1,81 @@
+"""Every operator that a step takes, an inference file takes too, and computes what torch does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mpgraph
+
+from . import operator_table
+from .survey import error, make, resized
+from .survey_row import Row
+
+ROWS = tuple(row for rows in operator_table.PARTS.values() for row in rows)
+# fp32 adds up in another order.
+LIMIT = 1e-5
+QUICK = (
+    "avg_pool padding not counted", "adaptive_max_pool", "embedding_bag sum", "scatter_add", "lstm",
+    "cross_entropy", "grid_sample bicubic", "multi_margin", "ctc", "solve of a vector",
+    "lgamma of all",
+)  # fmt: skip
+# Taken with fixed sizes alone, and why.
+FIXED = {
+    "scatter_reduce mean": "the index may be smaller than the source, in a dimension that varies",
+    "scatter_reduce mean of others": "the same",
+}
+
+
+class Call(nn.Module):
+    """One call; the parameter is there because a model without any is not converted."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function, self.unread = function, nn.Parameter(torch.ones(()))
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(*inputs)
+
+
+def in_onnxruntime(path: Path, inputs: list[Tensor]) -> list[Tensor]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+    given = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+    found = session.run(None, given)
+    return [torch.from_numpy(np.asarray(value)) for value in found]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.name, marks=() if row.name in QUICK else pytest.mark.slow)
+        for row in ROWS
+    ],
+)
+def test_an_inference_file_takes_what_a_step_takes(row: Row, tmp_path: Path) -> None:
+    is_fixed = row.fixed or row.name in FIXED
+    for shapes in row.shapes:
+        torch.manual_seed(0)
+        inputs = [make(spec, torch.float32) for spec in shapes]
+        path = tmp_path / "call.onnx"
+        mpgraph.export_onnx(
+            Call(row.function).eval(), path, tuple(inputs), precision="fp32", verify=False,
+            dynamic=not is_fixed,
+        )  # fmt: skip
+        if not is_fixed and shapes is row.shapes[0]:  # a batch of another size than exported
+            rows = len(inputs[0])
+            inputs = [make(resized(spec, rows, 17), torch.float32) for spec in shapes]
+        found, expected = in_onnxruntime(path, inputs), row.function(*inputs)
+        expected = [expected] if isinstance(expected, Tensor) else [*expected]
+        assert len(found) == len(expected)
+        for a, b in zip(found, expected, strict=True):
+            assert error(a, b) <= LIMIT, shapes
