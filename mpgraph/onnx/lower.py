@@ -45,8 +45,8 @@ def lower(gm: fx.GraphModule, opset: int = 18) -> fx.GraphModule:
             lowering.add(node)
     if any(size.node.expr.is_number for size in symbolic):
         raise ExportError(
-            "an operator is translated for one size of the batch, or of another dimension that "
-            f"varies, alone. {FIX_SIZES}"
+            "an operator is translated for one size alone of the batch, or of another dimension "
+            f"that varies. {FIX_SIZES}"
         )
     graph = lowering.graph
     for node in list(graph.nodes):

@@ -23,15 +23,17 @@ PARTS: dict[str, tuple[Row, ...]] = {
     "More operators on tensors": survey_tensors.ROWS,
 }
 _HEAD = """\
-# Operators of exported training steps
+# Operators of exported files
 
 Written by `python -m tests.onnx.operator_table` from the survey that `tests/onnx/test_lowering.py`
 runs: every call below, forward and backward, in one or several shapes, in onnxruntime on the CPU.
 In fp32 results and gradients equal those of torch, within 1e-5 of the largest element; in fp16 and
-bf16 those of the same graph run by torch, within two units of the dtype (quantiles and `inv` as a
-policy widens them; `vander` and `logdet`, which torch refuses in 16 bit, in fp32 alone). Calls in
-*italics* take the size of their first dimension from the example batch; all others were exported
-with one size, and run with another.
+bf16 those of the same graph run by torch, within two units of the dtype (quantiles, `inv`, `vander`
+and `logdet` as a policy widens them). Calls in *italics* take the size of their first dimension
+from the example batch; all others were exported with one size, and run with another.
+
+Inference files take the same calls: `tests/onnx/test_inference_survey.py` exports each with
+`mpgraph.export_onnx`, by the same translator and the same rows.
 
 What is not here may work as well: torch.onnx translates most operators. What it does not translate
 is an error that names the operator, the node and the line.

@@ -30,16 +30,6 @@ def _weight_norm_backward(
     return of_direction, along / norms
 
 
-def _cumprod(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
-    """The product of every row of a lower triangle."""
-    x = x if dtype is None else x.to(dtype)
-    moved = x.transpose(dim, -1).unsqueeze(-2) if x.dim() else x.view(1, 1)
-    size = moved.shape[-1]
-    seen = torch.ones(size, size, dtype=torch.bool).tril()
-    found = torch.where(seen, moved, 1.0).to(x.dtype).prod(-1)
-    return found.transpose(dim, -1) if x.dim() else found.view([])
-
-
 def _shrink_backward(grad: Tensor, x: Tensor, bound: float) -> Tensor:
     return torch.where((x >= -bound) & (x <= bound), 0.0, grad)
 
@@ -59,16 +49,6 @@ def _spread(root: bool, mean: bool) -> Any:
         return (found, x.mean(axes, keepdim)) if mean else found
 
     return spread
-
-
-def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
-    """Each row of a lower triangle by its own maximum: that of all makes zeros of the first."""
-    if not x.dim():
-        return x
-    moved = x.transpose(dim, -1).unsqueeze(-2)
-    size = moved.shape[-1]
-    seen = torch.ones(size, size, dtype=torch.bool).tril()
-    return torch.where(seen, moved, -torch.inf).logsumexp(-1).transpose(dim, -1)
 
 
 def _signbit(x: Tensor) -> Tensor:
@@ -110,19 +90,10 @@ ROWS = (
         "g / |v| * (grad - v * sum(grad * v) / |v|**2)",
         "Salimans and Kingma, Weight normalization, arXiv:1602.07868, equation 3",
     ),
-    Row(
-        (aten.cumprod.default,), _cumprod, "the product of every row of a lower triangle",
-        "torch.cumprod; quadratic in the length",
-    ),
     Row((aten.var.correction,), _spread(False, False), _VARIANCE, _SYMBOLIC),
     Row((aten.std.correction,), _spread(True, False), _VARIANCE, _SYMBOLIC),
     Row((aten.var_mean.correction,), _spread(False, True), _VARIANCE, _SYMBOLIC),
     Row((aten.std_mean.correction,), _spread(True, True), _VARIANCE, _SYMBOLIC),
-    Row(
-        (aten.logcumsumexp.default,), _logcumsumexp,
-        "logsumexp of every row of a lower triangle",
-        "torchlib takes the maximum of all, which makes zeros of the first; quadratic",
-    ),
     Row((aten._is_all_true.default,), lambda x: x.all(), "all", "torch.all"),
     Row((aten._is_any_true.default,), lambda x: x.any(), "any", "torch.any"),
     Row((aten.signbit.default,), _signbit, "x < 0, or x == 0 and 1 / x < 0", "IEEE 754"),

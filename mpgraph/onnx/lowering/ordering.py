@@ -1,4 +1,4 @@
-"""The k-th of a row, medians, and running extremes."""
+"""The k-th of a row, medians, modes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpgraph.onnx.lowering.constants import constant
 from mpgraph.onnx.lowering.row import Row
+from mpgraph.onnx.lowering.running import running
 
 aten = torch.ops.aten
 
@@ -27,18 +27,6 @@ def _median(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]
 
 def _median_of_all(x: Tensor) -> Tensor:
     return _median(x.flatten(), 0)[0]
-
-
-def _running(x: Tensor, dim: int, sign: int) -> tuple[Tensor, Tensor]:
-    """The largest so far, or the smallest, and the last place where it was."""
-    moved = x.transpose(dim, -1) * sign
-    size = moved.shape[-1]
-    seen = constant([[j <= i for j in range(size)] for i in range(size)])
-    rows = torch.where(seen, moved.unsqueeze(-2), -torch.inf)
-    values = rows.amax(-1)
-    places = constant([*range(size)])
-    last = torch.where(rows == values.unsqueeze(-1), places, -1).amax(-1)
-    return (values * sign).transpose(dim, -1), last.transpose(dim, -1)
 
 
 def _largest(x: Tensor, dim: int, keepdim: bool = False) -> Any:
@@ -65,13 +53,26 @@ def _stable(
 
 def _mode(x: Tensor, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     moved = x.transpose(dim, -1)
-    same = moved.unsqueeze(-1) == moved.unsqueeze(-2)
-    count = same.to(torch.int64).sum(-1)
-    is_frequent = count == count.amax(-1, keepdim=True)
-    value = torch.where(is_frequent, moved, torch.inf).amin(-1, keepdim=True)
+    is_fixed = isinstance(moved.shape[-1], int)
+    value = _most_frequent(moved) if is_fixed else _most_frequent_of_any_number(moved)
     place = torch.where(moved == value, torch.arange(moved.shape[-1]), -1).amax(-1, keepdim=True)
-    found = value.to(x.dtype).transpose(dim, -1), place.transpose(dim, -1)
+    found = value.transpose(dim, -1), place.transpose(dim, -1)
     return found if keepdim else (found[0].squeeze(dim), found[1].squeeze(dim))
+
+
+def _most_frequent(rows: Tensor) -> Tensor:
+    """Of sorted rows, the first of the values with the longest run."""
+    values, places = rows.sort(-1)[0], torch.arange(rows.shape[-1])
+    starts = torch.where(values[..., 1:] != values[..., :-1], places[1:], 0)
+    starts = torch.cat([torch.zeros_like(values[..., :1], dtype=torch.int64), starts], -1)
+    length = places - running(starts, torch.maximum)
+    return values.gather(-1, length.argmax(-1, keepdim=True))
+
+
+def _most_frequent_of_any_number(rows: Tensor) -> Tensor:
+    count = (rows.unsqueeze(-1) == rows.unsqueeze(-2)).to(torch.int64).sum(-1)
+    is_frequent = count == count.amax(-1, keepdim=True)
+    return torch.where(is_frequent, rows, torch.inf).amin(-1, keepdim=True).to(rows.dtype)
 
 
 def _extreme(choose: Any) -> Any:
@@ -93,15 +94,6 @@ ROWS = (
     Row((aten.median.dim,), _median, _TOP + ", k = (n + 1) // 2", _SORT),
     Row((aten.median.default,), _median_of_all, _TOP + ", k = (n + 1) // 2", _SORT),
     Row(
-        (aten.cummax.default,), lambda x, dim: _running(x, dim, 1),
-        "the maximum of every row of a lower triangle, and its last place",
-        "aten/src/ATen/native/ReduceOps.cpp, cummax_helper_cpu",
-    ),
-    Row(
-        (aten.cummin.default,), lambda x, dim: _running(x, dim, -1),
-        "-cummax(-x)", "aten/src/ATen/native/ReduceOps.cpp, cummin_helper_cpu",
-    ),
-    Row(
         (aten.sort.stable,), _stable, "sort",
         "ONNX, TopK: of equal elements, the one with the lower index comes first",
     ),
@@ -111,7 +103,7 @@ ROWS = (
         "the middle of those before the NaNs", _SORT,
     ),
     Row(
-        (aten.mode.default,), _mode, "the smallest of those that equal most others; quadratic",
+        (aten.mode.default,), _mode, "of the sorted row, the first of the longest run",
         "aten/src/ATen/native/ReduceOps.cpp and cpu/SortingKernel.cpp; the last of its places",
     ),
     Row((aten.fmax.default,), _extreme(torch.maximum), "maximum, but for NaN", "torch.fmax"),
