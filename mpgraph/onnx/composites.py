@@ -21,6 +21,7 @@ aten = torch.ops.aten
 
 # Composite operators that torchlib translates to something else, and to what.
 OPENED: dict[Any, str] = {
+    aten.conv3d.default: "takes a number for the bias where there is none",
     aten.cross_entropy_loss.default: "takes class probabilities for class numbers",
     aten.nll_loss.default: "takes no size for ignore_index",
     aten.embedding_bag.default: "loops over the bags",
@@ -31,8 +32,8 @@ OPENED: dict[Any, str] = {
 def stays_whole(node: fx.Node, opset: int) -> bool:
     """Whether a node calls a composite operator that is translated as it is."""
     target: Any = node.target
-    if target is aten.lstm.input and _has_projections(node):
-        return False  # torchlib makes an LSTM without projections of it
+    if target in _OPENED_IF and _OPENED_IF[target](node):
+        return False
     return _is_known(target, opset)
 
 
@@ -43,6 +44,17 @@ def _is_known(target: Any, opset: int) -> bool:
 def _has_projections(lstm: fx.Node) -> bool:
     _, _, weights, biases, layers, _, _, bidirectional, *_ = lstm.args
     return len(weights) != (4 if biases else 2) * layers * (1 + bidirectional)  # type: ignore
+
+
+def _has_no_heads(attention: fx.Node) -> bool:
+    return attention.args[0].meta["val"].dim() != 4  # type: ignore[union-attr]
+
+
+# What torchlib does not translate all calls of, and which calls it does not.
+_OPENED_IF: dict[Any, Callable[[fx.Node], bool]] = {
+    aten.lstm.input: _has_projections,
+    aten.scaled_dot_product_attention.default: _has_no_heads,
+}
 
 
 def opened(opset: int, *, half_products: bool = False) -> dict[Any, Callable[..., Any]]:

@@ -22,7 +22,9 @@ def translations(opset: int, known: Callable[[Any], Translation]) -> Mapping[Any
         known: torchlib's translation of an operator.
     """
     import onnxscript
+    from onnx_ir import DataType
 
+    FLOAT, BOOL = DataType.FLOAT, DataType.BOOL
     op: Any = getattr(onnxscript, f"opset{opset}")
     floor_divide = known(aten.floor_divide.default)
     div_mode = known(aten.div.Tensor_mode)
@@ -49,6 +51,19 @@ def translations(opset: int, known: Callable[[Any], Translation]) -> Mapping[Any
 
         return compute
 
+    attention = known(aten.scaled_dot_product_attention.default)
+
+    def attend(q: Any, k: Any, v: Any, mask: Any = None, *rest: Any, **options: Any) -> Any:
+        mask = options.pop("attn_mask", mask)
+        found = attention(q, k, v, mask, *rest, **options)
+        if mask is None:
+            return found
+        # onnxruntime makes equal shares of a row that is masked out, torch zeros.
+        is_open = mask if mask.dtype == BOOL else op.Not(op.IsInf(op.Cast(mask, to=FLOAT)))
+        last = op.Constant(value_ints=[-1])
+        is_seen = op.Cast(op.ReduceMax(op.Cast(is_open, to=FLOAT), last, keepdims=1), to=BOOL)
+        return op.Where(is_seen, found, op.CastLike(0.0, found))
+
     def prod(x: Any, dims: Any = None, output_dtype: Any = None) -> Any:
         axes = op.Constant(value_ints=[int(d) for d in dims]) if dims is not None else None
         return op.ReduceProd(x, axes, keepdims=0)
@@ -57,6 +72,7 @@ def translations(opset: int, known: Callable[[Any], Translation]) -> Mapping[Any
     return {
         prims.prod.default: prod,
         aten.sym_numel.default: sym_numel,
+        aten.scaled_dot_product_attention.default: attend,
         aten.mul.Scalar: by_number(aten.mul.Scalar, op.Mul),
         aten.add.Scalar: by_number(aten.add.Scalar, op.Add),
         aten.sub.Scalar: by_number(aten.sub.Scalar, op.Sub),

@@ -121,7 +121,7 @@ def _gradients_of(
 ) -> list[Tensor]:
     """Fake values for the gradients of what the call returns."""
     with mode, in_plain_operators(), torch.no_grad(), enable_python_dispatcher():
-        results = _leaves(function(*fakes))
+        results = leaves(function(*fakes))
         return [torch.empty(r.shape, dtype=r.dtype) for r in results if r.is_floating_point()]
 
 
@@ -132,7 +132,7 @@ def _joint(function: Callable[..., Any], count: int) -> Callable[..., list[Tenso
             if value.is_floating_point():
                 inputs[i] = value.detach().requires_grad_()
         with torch.enable_grad(), in_plain_operators():
-            results = [r for r in _leaves(function(*inputs)) if r.is_floating_point()]
+            results = [r for r in leaves(function(*inputs)) if r.is_floating_point()]
             by = [value for value in inputs if value.is_floating_point()]
             pairs = [p for p in zip(results, weights, strict=True) if p[0].requires_grad]
             gradients: Any = []
@@ -145,7 +145,8 @@ def _joint(function: Callable[..., Any], count: int) -> Callable[..., list[Tenso
     return run
 
 
-def _leaves(value: Any) -> list[Tensor]:
+def leaves(value: Any) -> list[Tensor]:
+    """The tensors of a result."""
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 

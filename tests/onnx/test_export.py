@@ -153,6 +153,80 @@ def test_batch_statistics_of_eval_mode_are_computed(tmp_path):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(2, 2, 3, 4), (2, 3, 4)], ids=["heads", "no heads"])
+@pytest.mark.parametrize("mask", ["of truth values", "of numbers"])
+def test_rows_that_a_mask_leaves_nothing_of_are_zeros(tmp_path, mask, shape):
+    # onnxruntime's Softmax makes equal shares of a row of -inf, where torch has NaN, and then 0.
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x, mask):
+            return F.scaled_dot_product_attention(self.linear(x), x, x, attn_mask=mask)
+
+    seen = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
+    given = seen if mask == "of truth values" else torch.zeros(3, 3).masked_fill(~seen, -torch.inf)
+    model, x = Attention().eval(), torch.randn(shape)
+    mpgraph.export_onnx(model, tmp_path / "x.onnx", (x, given), precision="fp32")
+    with torch.no_grad():
+        want = model(x, given)
+    (got,) = run(tmp_path / "x.onnx", x, given)
+    assert not want[..., 1, :].any()
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_branches_are_lowered_too(tmp_path):
+    # cdist has no translation of its own, and the other branch returns what it is given.
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.cond(
+                x.sum() > 0,
+                lambda y: y.sin() + torch.cdist(y, y).sum(),
+                lambda y: y.clone(),
+                (self.linear(x),),
+            )
+
+    model, x = Branches().eval(), torch.randn(3, 4).abs()
+    mpgraph.export_onnx(model, tmp_path / "x.onnx", x, precision="fp32")
+    for given in (x, -x):
+        with torch.no_grad():
+            want = model(given)
+        (got,) = run(tmp_path / "x.onnx", given)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_convolution_in_three_dimensions_needs_no_bias(tmp_path):
+    # torchlib's translation of it has a bias of another shape.
+    model = nn.Conv3d(2, 3, 2, bias=False).eval()
+    report = mpgraph.export_onnx(
+        model, tmp_path / "x.onnx", torch.randn(2, 2, 4, 5, 6), precision="fp32"
+    )
+    assert report.check.error <= FP32
+
+
+def test_a_refusal_of_a_row_names_the_node_and_the_line(tmp_path):
+    class Large(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(65, 65)
+
+        def forward(self, x):
+            return torch.linalg.inv(self.linear(x))
+
+    with pytest.raises(mpgraph.ExportError) as caught:
+        mpgraph.export_onnx(Large(), tmp_path / "x.onnx", torch.randn(65, 65), precision="bf16")
+    message = str(caught.value)
+    assert message.startswith("a matrix of 65 by 65 cannot be factorised")
+    assert "aten.linalg_inv_ex.default (%linalg_inv_ex)" in message
+    assert "return torch.linalg.inv(self.linear(x))" in message
+    assert "While executing" not in message
+
+
 def test_batch_sizes_are_not_written_into_constants(tmp_path):
     _, _, _ = export(tmp_path, "cnn", "bf16")
     for batch in (1, 7):

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import mpgraph
+from mpgraph.onnx.functional import in_plain_operators
 
 from . import operator_table
-from .survey import error, make, resized
+from .survey import error, leaves, make, resized
 from .survey_row import Row
 
 ROWS = tuple(row for rows in operator_table.PARTS.values() for row in rows)
@@ -30,6 +31,7 @@ QUICK = (
 FIXED = {
     "scatter_reduce mean": "the index may be smaller than the source, in a dimension that varies",
     "scatter_reduce mean of others": "the same",
+    "conv strided": "torchlib has no bias of zeros in three dimensions for any number of channels",
 }
 
 
@@ -48,9 +50,9 @@ def in_onnxruntime(path: Path, inputs: list[Tensor]) -> list[Tensor]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()]
-    given = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
-    found = session.run(None, given)
+    given = {f"arg_{i}": value.numpy() for i, value in enumerate(inputs)}
+    names = [value.name for value in session.get_inputs()]  # what nothing reads is left out
+    found = session.run(None, {name: given[name] for name in names})
     return [torch.from_numpy(np.asarray(value)) for value in found]
 
 
@@ -74,8 +76,10 @@ def test_an_inference_file_takes_what_a_step_takes(row: Row, tmp_path: Path) -> 
         if not is_fixed and shapes is row.shapes[0]:  # a batch of another size than exported
             rows = len(inputs[0])
             inputs = [make(resized(spec, rows, 17), torch.float32) for spec in shapes]
-        found, expected = in_onnxruntime(path, inputs), row.function(*inputs)
-        expected = [expected] if isinstance(expected, Tensor) else [*expected]
+        found = in_onnxruntime(path, inputs)
+        # torch's fused attention gives rows that are masked out other values than its plain one.
+        with in_plain_operators(), torch.no_grad():
+            expected = leaves(row.function(*inputs))
         assert len(found) == len(expected)
         for a, b in zip(found, expected, strict=True):
             assert error(a, b) <= LIMIT, shapes
