@@ -66,6 +66,15 @@ def test_a_policy_that_leaves_it_in_16_bit_gets_the_error_of_torch_with_the_line
     assert any("test_refused_in_16_bit" in note for note in getattr(caught.value, "__notes__", []))
 
 
+@pytest.mark.parametrize("name", ["slogdet", "pinv"])
+def test_the_dynamo_backend_has_it_in_fp32_too(name):
+    model, x = model_and_input(name)
+    expected = mpgraph.convert(model, "bf16")(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="mpgraph", options={"precision": "bf16"})
+    torch.testing.assert_close(compiled(x), expected)
+
+
 def test_torch_refuses_it_as_before_once_a_model_is_captured():
     model, x = model_and_input("slogdet")
     mpgraph.convert(model, "bf16")(x)

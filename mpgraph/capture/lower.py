@@ -29,6 +29,7 @@ from mpgraph.capture.modes import switches_kept
 from mpgraph.infer import fake_mode_of
 from mpgraph.passes import DEFAULT_PASSES
 from mpgraph.pipeline import PassContext, PassReport, run_passes
+from mpgraph.refused_in_16_bit import looked_at_in_fp32
 from mpgraph.verify import verify_scaling
 
 Graphs = list[tuple[fx.GraphModule, list[PassReport]]]
@@ -82,6 +83,7 @@ def _trace(gm: fx.GraphModule, context: PassContext, ambient: Ambient) -> fx.Gra
     with (
         ambient.active(context),
         switches_kept(),
+        looked_at_in_fp32,
         fake_mode_of(examples),
         fx_traceback.preserve_node_meta(),
     ):

@@ -47,7 +47,7 @@ def _has_projections(lstm: fx.Node) -> bool:
 
 
 def _has_no_heads(attention: fx.Node) -> bool:
-    return attention.args[0].meta["val"].dim() != 4  # type: ignore[union-attr]
+    return bool(attention.args[0].meta["val"].dim() != 4)  # type: ignore[union-attr]
 
 
 # What torchlib does not translate all calls of, and which calls it does not.
