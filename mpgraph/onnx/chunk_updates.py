@@ -16,8 +16,9 @@ from mpgraph.onnx.dependencies import Dependencies
 from mpgraph.onnx.update_regions import infer_types, leaves, regions, shape_of
 from mpgraph.onnx.update_scans import Pieces, Update, replace_by_scan, reshaped
 
-# Smaller tensors stay in the cache by themselves.
-ELEMENTS = 256 * 1024
+# Smaller tensors stay in the cache by themselves; but what a Scan does not write where the state lies
+# takes two buffers, where the gradient of a layer's input may be computed after the update.
+ELEMENTS = 32 * 1024
 # One node reads and writes its values once, in pieces or whole.
 NODES = 2
 # Of what every runtime can take one element.
