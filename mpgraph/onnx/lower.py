@@ -46,7 +46,7 @@ def lower(gm: fx.GraphModule, opset: int = 18) -> fx.GraphModule:
     if any(size.node.expr.is_number for size in symbolic):
         raise ExportError(
             "an operator is translated for one size alone of the batch, or of another dimension "
-            f"that varies. {FIX_SIZES}"
+            f"that varies: {FIX_SIZES}."
         )
     graph = lowering.graph
     for node in list(graph.nodes):

@@ -118,29 +118,9 @@ def make_functional(
         ) from error
     _drop_checks(made.graph)
     _refuse_effects(made.graph)
-    signature, gm = made.graph_signature, made.graph_module
-    results = gm.graph.output_node().args[0]
-    kept = [
-        node
-        for node, spec in zip(cast(Any, results), signature.output_specs, strict=True)
-        if spec.kind is OutputKind.USER_OUTPUT
-    ]
-    gm.graph.output_node().args = (tuple(kept),)
-    gm.meta["writes"] = [
-        spec.target
-        for spec in signature.output_specs
-        if spec.kind is not OutputKind.USER_OUTPUT and spec.target is not None
-    ]
-    state: dict[str, tuple[str, torch.Tensor]] = {}
-    for spec in signature.input_specs:
-        name = getattr(spec.arg, "name", "")
-        if spec.kind is InputKind.TOKEN:
-            (token,) = (node for node in gm.graph.find_nodes(op="placeholder") if node.name == name)
-            gm.graph.erase_node(token)
-        elif spec.kind is not InputKind.USER_INPUT:
-            assert spec.target is not None
-            values = made.state_dict if spec.target in made.state_dict else made.constants
-            state[name] = (spec.target, cast(torch.Tensor, values[spec.target]))
+    gm = made.graph_module
+    _keep_results(gm, made.graph_signature)
+    state = _state_of(made)
     for node in gm.graph.nodes:
         node.meta["module_path"] = _module_path(node)
         if node.target in _VIEWS:
@@ -151,6 +131,30 @@ def make_functional(
 
 
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+
+
+def _keep_results(gm: fx.GraphModule, signature: ExportGraphSignature) -> None:
+    """Return what the model returns alone, and note what it writes to."""
+    output = gm.graph.output_node()
+    pairs = [*zip(cast(Any, output.args[0]), signature.output_specs, strict=True)]
+    output.args = (tuple(n for n, spec in pairs if spec.kind is OutputKind.USER_OUTPUT),)
+    others = [spec for _, spec in pairs if spec.kind is not OutputKind.USER_OUTPUT]
+    gm.meta["writes"] = [spec.target for spec in others if spec.target is not None]
+
+
+def _state_of(program: ExportedProgram) -> State:
+    """For each placeholder that is no input, its name in the program and its value."""
+    places = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    state: dict[str, tuple[str, torch.Tensor]] = {}
+    for spec in program.graph_signature.input_specs:
+        name = getattr(spec.arg, "name", "")
+        if spec.kind is InputKind.TOKEN:
+            program.graph.erase_node(places[name])
+        elif spec.kind is not InputKind.USER_INPUT:
+            assert spec.target is not None
+            values = program.state_dict if spec.target in program.state_dict else program.constants
+            state[name] = (spec.target, cast(torch.Tensor, values[spec.target]))
+    return state
 
 
 def _drop_checks(graph: fx.Graph) -> None:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from mpgraph.errors import ExportError
 
-FIX_SIZES = "Or export with fixed sizes: dynamic=False, dynamic_batch=False for a step."
+FIX_SIZES = "export with fixed sizes (dynamic=False; for a step, dynamic_batch=False)"
 
 
 def constant(values: Any, dtype: torch.dtype | None = None) -> Tensor:
@@ -23,7 +23,7 @@ def constant(values: Any, dtype: torch.dtype | None = None) -> Tensor:
     if any(isinstance(value, SymInt) for value in pytree.tree_leaves(values)):
         raise ExportError(
             "an operator is translated with constants that depend on the size of the batch, or of "
-            "another dimension that varies. Let it work on other dimensions. " + FIX_SIZES
+            f"another dimension that varies. Let it work on other dimensions, or {FIX_SIZES}."
         )
     with _disable_current_modes():
         return torch.tensor(values, dtype=dtype)

@@ -23,7 +23,7 @@ def _size(matrix: Tensor) -> int:
     size = matrix.shape[-1]
     if not isinstance(size, int) or size > LARGEST or matrix.shape[-2] != size:
         raise ExportError(
-            f"a matrix of {matrix.shape[-2]} by {size} cannot be factorised in an exported step: "
+            f"a matrix of {matrix.shape[-2]} by {size} cannot be factorised in an exported file: "
             f"square ones of up to {LARGEST} rows can, whose size is fixed."
         )
     return size

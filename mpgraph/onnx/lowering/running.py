@@ -75,7 +75,7 @@ def _extreme(wins: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
         if not isinstance(size, int):
             raise ExportError(
                 "a running extreme is translated for a fixed number of elements. Let it work on "
-                f"another dimension. {FIX_SIZES}"
+                f"another dimension, or {FIX_SIZES}."
             )
         places, step = torch.arange(size).expand(values.shape), 1
         while step < size:
