@@ -16,7 +16,7 @@ from mpgraph.onnx.dependencies import Dependencies
 from mpgraph.onnx.update_regions import infer_types, leaves, regions, shape_of
 from mpgraph.onnx.update_scans import Pieces, Update, replace_by_scan, reshaped
 
-# A Scan of less costs more than it gains. A tensor that stays in the cache gains memory: it may need
+# A Scan of less costs more than it gains. What stays in the cache anyway gains memory: it may need
 # two buffers otherwise, if a gradient could be computed from it after its update.
 ELEMENTS = 32 * 1024
 # One node reads and writes its values once, in pieces or whole.
