@@ -18,7 +18,7 @@ from mpgraph.onnx.naming import name_axes
 from mpgraph.onnx.one_device import put_on
 from mpgraph.onnx.result_order import order_results
 from mpgraph.onnx.rounding import IR_VERSION, write_rounding
-from mpgraph.onnx.step_check import check_step, reference
+from mpgraph.onnx.step_check import check_step, given_of, in_torch, reference
 from mpgraph.onnx.step_files import (
     dtype_name,
     next_name,
@@ -100,13 +100,15 @@ def _export(
         made = Path(partial)
         written = _write(made, models, graphs, values, goal)
         if verify:
-            write_tensors(made / files.REFERENCE, reference(graph, values, leaves))
+            given = given_of(graph, values, leaves)
+            first = in_torch(graph, given)
+            write_tensors(made / files.REFERENCE, reference(graph, given, first))
             written.append(files.REFERENCE)
         sums = {name: files.checksum(made / name) for name in written}
         manifest = dataclasses.replace(manifest, files=sums)
         manifest.write(made)
         provider = with_options(goal.provider, manifest.precision)
-        error = check_step(made, graph, values, leaves, pieces, provider) if verify else None
+        error = check_step(made, graph, given, first, pieces, provider) if verify else None
         for name in (*written, files.MANIFEST):
             (made / name).replace(path / name)
     sizes = {name: (path / name).stat().st_size for name in (*written, files.MANIFEST)}
