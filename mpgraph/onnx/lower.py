@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _make_graph_module
 from torch.utils import _pytree as pytree
 
 from mpgraph import ir
@@ -54,7 +55,7 @@ def lower(gm: fx.GraphModule, opset: int = 18) -> fx.GraphModule:
             graph.erase_node(node)
     graph.eliminate_dead_code()
     graph.lint()
-    return fx.GraphModule(lowering.root, graph)
+    return _make_graph_module(lowering.root, graph)
 
 
 def _is_check(node: fx.Node) -> bool:
@@ -269,4 +270,4 @@ def _alone(node: fx.Node, inputs: list[fx.Node]) -> fx.GraphModule:
         for leaf, part in zip(leaves, value, strict=True):
             leaf.meta["val"] = part
     graph.output(leaves)
-    return fx.GraphModule({}, graph)
+    return _make_graph_module({}, graph)

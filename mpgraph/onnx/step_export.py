@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from mpgraph.onnx.chunk_updates import chunk_updates
 from mpgraph.onnx.extra import library
@@ -60,7 +61,8 @@ def export_step(
     """Write the folder of a step; see :meth:`mpgraph.TrainStep.export_onnx`."""
     for name in _NEEDED:
         library(name)
-    with uncollected():
+    # Most of the graphs on the way are never run, and need no code.
+    with uncollected(), _use_lazy_graph_module(True):
         return _export(
             step, Path(folder), leaves, spec, target_of(target, opset), verify, dynamic, seed,
             inference,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
+from torch.fx._lazy_graph_module import _make_graph_module
 
 from mpgraph.module import State
 from mpgraph.passes.check_grads import check_grads
@@ -71,7 +72,7 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
     for old, new in copies.items():
         new.meta = copy.copy(old.meta)
     output.meta = copy.copy(gm.graph.output_node().meta)
-    return fx.GraphModule(gm, graph)
+    return _make_graph_module(gm, graph)
 
 
 def _append_update(graph: fx.Graph, update: Update) -> None:
