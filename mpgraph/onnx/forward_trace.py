@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 
 from mpgraph.onnx.functional import functional, in_plain_operators
@@ -19,10 +19,11 @@ from mpgraph.onnx.targets import Target, TargetContext
 from mpgraph.passes.legalize import legalize
 from mpgraph.passes.remove_dead import remove_dead
 from mpgraph.pipeline import run_passes, size_hint
+from mpgraph.plain import FORWARD_HOOKS, global_hooks
 from mpgraph.step.assemble import copied, flat_outputs
 from mpgraph.step.joint import outputs_of, set_outputs
 from mpgraph.step.loss import models_own_loss
-from mpgraph.step.trace_gradients import trace_results
+from mpgraph.step.trace_gradients import Gradients, trace_results
 from mpgraph.structure import Spec
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Question:
         results: Names what it returns, by how that is put together.
         leaves: Example arguments.
         spec: How they become ``(args, kwargs)``.
+        places: Which tensor of the batch each of them is; None for another tensor.
         dynamic: Per leaf, the dimensions whose size stays symbolic.
     """
 
@@ -47,6 +49,7 @@ class Question:
     results: Callable[[Spec], list[str]]
     leaves: Sequence[Any]
     spec: Spec
+    places: tuple[int | None, ...]
     dynamic: list[frozenset[int]]
 
 
@@ -57,22 +60,22 @@ def evaluation(step: TrainStep, leaves: Sequence[Any], spec: Spec, dynamic: bool
         function = step.settings.state.original_forward()
     names = batch_names(function, spec, skip=1)
     dims = batch_dims(leaves) if dynamic else [frozenset[int]()] * len(leaves)
-    return Question(step.loss_fn, names, result_names, leaves, spec, dims)
+    places = tuple(range(len(leaves)))
+    return Question(step.loss_fn, names, result_names, leaves, spec, places, dims)
 
 
 def model_results(step: TrainStep, graph: StepGraph) -> Question | None:
     """What the model returns, called as in the step; None if the step does not call it."""
-    calls = [call for call in graph.calls if call[0] is step.model]
-    if not calls:
+    call = next((call for call in graph.calls if call.model is step.model), None)
+    if call is None:
         return None
-    _, leaves, spec = calls[0]
-    examples = [_example(leaf) for leaf in leaves]
+    examples = [_example(leaf) for leaf in call.leaves]
     dims = [
         frozenset(i for i, n in enumerate(leaf.shape) if isinstance(n, torch.SymInt))
-        for leaf in leaves
+        for leaf in call.leaves
     ]
-    names = batch_names(step.settings.state.original_forward(), spec, skip=1)
-    return Question(_call, names, output_names, examples, spec, dims)
+    names = batch_names(step.settings.state.original_forward(), call.spec, skip=1)
+    return Question(_call, names, output_names, examples, call.spec, call.places, dims)
 
 
 def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -85,19 +88,81 @@ def _example(leaf: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(shape, stride, dtype=leaf.dtype, device=leaf.device).zero_()
 
 
-def trace_question(
-    step: TrainStep, question: Question, target: Target, state: frozenset[str]
-) -> StepGraph:
-    """Trace a question for export; parameters and statistics are its inputs, as they are state.
+def answers(
+    step: TrainStep, questions: Mapping[str, Question], target: Target, state: frozenset[str]
+) -> dict[str, StepGraph]:
+    """Questions traced for export; parameters and statistics are their inputs, as they are state.
+
+    What the model returns is taken from the trace of the loss, where that has it.
 
     Raises:
-        CaptureError: It cannot be traced.
-        ExportError: It cannot be exported; says why.
+        CaptureError: One cannot be traced.
+        ExportError: One cannot be exported; says why.
     """
+    found: dict[str, StepGraph] = {}
+    traced: Gradients | None = None
+    for name, question in questions.items():
+        alone = model_alone(step.model, traced, question) if traced is not None else None
+        traced = alone or _traced(step, question)
+        found[name] = _answer(step, question, traced, target, state)
+    return found
+
+
+def _traced(step: TrainStep, question: Question) -> Gradients:
     with evaluating(step.model), in_plain_operators(), enable_python_dispatcher():
-        traced = trace_results(
+        return trace_results(
             step.model, question.function, question.leaves, question.spec, question.dynamic
         )
+
+
+def model_alone(model: nn.Module, traced: Gradients, question: Question) -> Gradients | None:
+    """What the model returned while a loss was traced, as a trace of its own.
+
+    None where the model was not called as in the question, or hooks are around the call; or where
+    the loss has fixed the size of the batch.
+    """
+    if traced.output is None or hooks_around(model):
+        return None
+    (call,) = traced.calls
+    if (call.model, call.spec, call.places) != (model, question.spec, question.places):
+        return None
+    is_fixed = any(question.dynamic) and not symbol_of(traced)
+    if is_fixed or None in call.places or len({*call.places}) < len(call.places):
+        return None
+    gm = copied(traced.graph_module)
+    set_outputs(gm.graph, {"results": outputs_of(gm.graph)["model"]})
+    gm.graph.eliminate_dead_code()
+    if not _take(gm.graph, call.places):
+        return None
+    return dataclasses.replace(traced, graph_module=gm, result=traced.output, output=None)
+
+
+def hooks_around(model: nn.Module) -> bool:
+    """Whether calling the model is more than its ``forward``."""
+    return any(vars(model)[table] for table in FORWARD_HOOKS) or bool(global_hooks())
+
+
+def _take(graph: fx.Graph, places: Sequence[int | None]) -> bool:
+    """Take these tensors of the batch alone, in this order; False if others are read too."""
+    inputs = {
+        n.meta["slot"].index: n
+        for n in graph.find_nodes(op="placeholder")
+        if n.meta["slot"].kind == "input"
+    }
+    taken = [inputs.pop(place) for place in places]
+    if any(node.users for node in inputs.values()):
+        return False
+    for node in inputs.values():
+        graph.erase_node(node)
+    for index, node in enumerate(taken):
+        node.meta["slot"] = dataclasses.replace(node.meta["slot"], index=index)
+        graph.find_nodes(op="placeholder")[-1].append(node)
+    return True
+
+
+def _answer(
+    step: TrainStep, question: Question, traced: Gradients, target: Target, state: frozenset[str]
+) -> StepGraph:
     gm = copied(traced.graph_module)
     count = len(question.results(traced.result))
     outputs = outputs_of(gm.graph)

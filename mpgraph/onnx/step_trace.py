@@ -34,6 +34,7 @@ from mpgraph.passes.tensor_numbers import tensor_numbers
 from mpgraph.pipeline import GraphPass, run_passes
 from mpgraph.step.arguments import parameter_names, trained_by
 from mpgraph.step.assemble import assemble, flat_outputs, moving_scales
+from mpgraph.step.inside import ModelCall
 from mpgraph.step.joint import StepContext, gradients_of, outputs_of, set_outputs, slot_nodes
 from mpgraph.step.loss import models_own_loss
 from mpgraph.step.optimizer_places import equal_counters
@@ -63,14 +64,14 @@ class StepGraph:
         ports: What the placeholders stand for.
         results: The names of the results.
         symbol: The symbolic batch size; "" where it is fixed.
-        calls: For each call of a converted model, the model and its arguments, taken apart.
+        calls: The calls of converted models.
     """
 
     graph_module: fx.GraphModule
     ports: list[Port]
     results: list[str]
     symbol: str
-    calls: list[tuple[Any, list[Any], Spec]]
+    calls: list[ModelCall]
 
     def state(self) -> list[Port]:
         """The ports that have a next value."""

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,22 @@ from mpgraph.tracing import tracing_step
 _INHERITED = ("module_path", "stack_trace", "decision", "nn_module_stack", "inserted")
 
 
+class ModelCall(NamedTuple):
+    """One call of a converted model.
+
+    Attributes:
+        model: The model.
+        leaves: Its arguments, taken apart.
+        spec: How they become ``(args, kwargs)``.
+        places: Which tensor of the batch each of them is; None for another tensor.
+    """
+
+    model: nn.Module
+    leaves: list[Any]
+    spec: Spec
+    places: tuple[int | None, ...]
+
+
 @dataclasses.dataclass
 class Assigned:
     """A tensor that a model's forward assigns to one of its modules."""
@@ -51,18 +67,22 @@ class Inside:
     Attributes:
         states: The states of the models that were called.
         assigned: What their forward assigns to their modules.
-        calls: For each call, the model and its arguments, taken apart.
+        calls: What was called, and how.
         ran: For each call, the graph that was run.
         taken: The tensors that the loss function has taken a number out of.
+        outputs: For each call, what the model returned, taken apart.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, batch: Sequence[Any]) -> None:
         self.graph = graph
+        self._places = {id(leaf): index for index, leaf in enumerate(batch)}
         self.states: list[State] = []
         self.assigned: list[Assigned] = []
-        self.calls: list[tuple[nn.Module, list[Any], Spec]] = []
+        self.calls: list[ModelCall] = []
         self.ran: list[Specialisation] = []
         self.taken: list[torch.Tensor] = []
+        self.outputs: list[list[Any]] = []
+        self._of_calls: set[fx.Node] = set()
         self._made: dict[Any, dict[str, Any]] = {}
         self._last = _last_node(graph)
         self._in_model = False
@@ -78,7 +98,8 @@ class Inside:
     ) -> Any:
         """One call of a converted model, in operators that autograd and the trace can see."""
         leaves, spec = flatten(state.bind(model, args, kwargs))
-        self.calls.append((model, leaves, spec))
+        places = tuple(self._places.get(id(leaf)) for leaf in leaves)
+        self.calls.append(ModelCall(model, leaves, spec, places))
         with untraced():
             entry = state.find(model, [_stand_in(leaf) for leaf in leaves], spec)
         if not isinstance(entry, Specialisation):
@@ -89,11 +110,14 @@ class Inside:
         gm = entry.captured.graph_module
         values = [_value(model, entry, node.meta["slot"], leaves, state) for node in _inputs(gm)]
         self.note({})
+        before = self._last
         self._in_model = True
         try:
             outputs = _Running(gm, self).run(*values)
         finally:
             self._in_model = False
+        self._of_calls.update(_between(before, self._last))
+        self.outputs.append(list(outputs[: count_leaves(entry.captured.output)]))
         self._note_assignments(model, entry, outputs)
         return unflatten(entry.captured.output, outputs)
 
@@ -106,6 +130,14 @@ class Inside:
             module = model.get_submodule(assignment.module)
             self.assigned.append(Assigned(module, assignment, outputs[start : start + count]))
             start += count
+
+    def acts_outside(self) -> bool:
+        """Whether anything outside of the calls writes to memory or draws random numbers."""
+        return any(
+            node.op == "call_function" and node.is_impure()
+            for node in self.graph.nodes
+            if node not in self._of_calls
+        )
 
     def note(self, meta: dict[str, Any], result: Any = None) -> None:
         """Give every node made since the last note this meta, and what autograd made for it."""
@@ -217,6 +249,13 @@ def _users_line() -> str:
 
 def _last_node(graph: fx.Graph) -> fx.Node:
     return graph._root.prev
+
+
+def _between(before: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    """The nodes after one, up to another."""
+    while before is not last:
+        before = before.next
+        yield before
 
 
 def _grad_fns(result: Any, known: dict[Any, Any]) -> list[Any]:

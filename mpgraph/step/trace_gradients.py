@@ -32,7 +32,7 @@ from mpgraph.capture.held import held_in_places
 from mpgraph.capture.writes import writes_taken_back
 from mpgraph.errors import CaptureError, MPGraphError
 from mpgraph.module import State
-from mpgraph.step.inside import Assigned, Inside
+from mpgraph.step.inside import Assigned, Inside, ModelCall
 from mpgraph.step.joint import copied_as, fresh, mark
 from mpgraph.step.loss import LossFunction, loss_of, needs_a_size, needs_a_value
 from mpgraph.step.reads import LossReads
@@ -50,11 +50,14 @@ class Gradients:
 
     Attributes:
         graph_module: Returns a dict: "results", the leaves of what the loss function returned,
-            then of every assignment; and "gradients", one per parameter that has one, by name.
+            then of every assignment; "gradients", one per parameter that has one, by name; and
+            "model", what the model itself returned, if that was asked for.
         result: How the leaves of the result are put together.
         assigned: What the model's forward assigns to its modules.
         states: The converted models that took part.
-        calls: For each call of a converted model, the model and its arguments, taken apart.
+        calls: The calls of converted models.
+        output: How the leaves of what the model returned are put together, if the graph returns
+            them.
         mode: The fake mode of every value in the graph.
         sizes: For which sizes of a batch it holds, where some are symbolic.
         reads: The attributes of modules that the loss function has read by itself.
@@ -65,11 +68,12 @@ class Gradients:
     result: Spec
     assigned: list[Assigned]
     states: list[State]
-    calls: list[tuple[nn.Module, list[Any], Spec]]
+    calls: list[ModelCall]
     mode: FakeTensorMode
     sizes: SizeGuards
     reads: Reads
     taken: list[torch.Tensor]
+    output: Spec | None = None
 
 
 def trace_gradients(
@@ -111,6 +115,9 @@ def trace_results(
 ) -> Gradients:
     """Trace ``function(model, *args, **kwargs)`` alone, without gradients.
 
+    What the model itself returned is returned as well, if it was called once and all that is
+    written to memory or drawn at random is inside of that call.
+
     Args:
         model: A converted model, in the mode that is to be traced.
         function: Takes the model and a batch.
@@ -150,13 +157,12 @@ def _run_once(trace: _Trace, leaves: Tensors, dynamic: Sequence[frozenset[int]])
     assert trace.result is not None
     assert trace.inside is not None
     inside = trace.inside
-    models = [
-        (e.accepts, leaves) for e, (_, leaves, _) in zip(inside.ran, inside.calls, strict=True)
-    ]
+    models = [(e.accepts, c.leaves) for e, c in zip(inside.ran, inside.calls, strict=True)]
     guards = SizeGuards(fakes if any(dynamic) else (), models)
     return Gradients(
         gm, trace.result, inside.assigned, inside.states, inside.calls, mode, guards, record.reads,
         inside.taken,
+        trace.output,
     )  # fmt: skip
 
 
@@ -177,6 +183,7 @@ class _Trace:
         self.differentiates = parameters is not None
         self.inside: Inside | None = None
         self.result: Spec | None = None
+        self.output: Spec | None = None
         self.count = 0
         self.named: list[str] = []
         self.has_symbols = False
@@ -185,21 +192,30 @@ class _Trace:
         self.has_symbols = any(isinstance(n, torch.SymInt) for leaf in leaves for n in leaf.shape)
         mode = get_proxy_mode()
         assert mode is not None
-        inside = self.inside = Inside(cast(Any, mode).tracer.graph)
+        inside = self.inside = Inside(cast(Any, mode).tracer.graph, leaves)
         args, kwargs = unflatten(self.spec, leaves)
         with inside.active():
             value = self.loss_fn(self.model, *args, **kwargs)
         self._refuse_opaque(value)
-        gradients = self._gradients(inside, value) if self.differentiates else []
+        others = self._gradients(inside, value) if self.differentiates else self._output(inside)
         outputs, self.result = flatten(value)
         for assigned in inside.assigned:
             outputs.extend(assigned.leaves)
         if any(not isinstance(output, torch.Tensor) for output in outputs):
             raise CaptureError(needs_a_value(""))
         self.count = len(outputs)
-        returned = [*(o.detach() for o in outputs), *gradients]
+        returned = [*(o.detach() for o in outputs), *others]
         mark(inside.graph, "forward")
         return returned
+
+    def _output(self, inside: Inside) -> list[torch.Tensor]:
+        if len(inside.calls) != 1 or inside.acts_outside():
+            return []
+        (outputs,) = inside.outputs
+        if any(not isinstance(output, torch.Tensor) for output in outputs):
+            return []
+        self.output = inside.ran[0].captured.output
+        return [output.detach() for output in outputs]
 
     def _gradients(self, inside: Inside, value: Any) -> list[torch.Tensor]:
         loss = loss_of(value, self.loss_fn)
@@ -298,8 +314,10 @@ def _unheard() -> Iterator[None]:
 def _name_results(graph: fx.Graph, trace: _Trace) -> None:
     output = graph.output_node()
     returned = cast(Sequence[Any], output.args[0])
-    gradients = dict(zip(trace.named, returned[trace.count :], strict=True))
-    output.args = ({"results": list(returned[: trace.count]), "gradients": gradients},)
+    results, others = list(returned[: trace.count]), returned[trace.count :]
+    gradients = dict(zip(trace.named, others, strict=True)) if trace.differentiates else {}
+    of_model = {"model": list(others)} if trace.output is not None else {}
+    output.args = ({"results": results, "gradients": gradients, **of_model},)
     output.meta["part"] = "output"
 
 
