@@ -11,6 +11,9 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
+from mpgraph.passes.tensor_numbers import tensor_numbers
+from mpgraph.pipeline import run_passes
+from mpgraph.step.joint import StepContext, mark
 from mpgraph.step.optimizer_places import state_tensors
 from mpgraph.step.slots import StepSlot
 from mpgraph.step.trace_update import Update, trace_update
@@ -29,20 +32,22 @@ Values = Mapping[str, torch.Tensor]
 
 def trace_alike_update(
     optimizer: Optimizer, names: dict[int, str], gradients: dict[str, torch.Tensor],
-    mode: FakeTensorMode,
+    mode: FakeTensorMode, context: StepContext,
 ) -> Update:  # fmt: skip
     """As :func:`mpgraph.step.trace_update.trace_update`, in a time that grows with the kinds.
 
     Two parameters are of one kind if they are in one group, and they, their gradients and their
     states have the same dtypes, sizes and layouts. An optimizer that is not known to treat each
-    parameter by itself is traced whole. Numbers that come of a parameter's own counter keep the
-    symbols of the parameter that was traced: ``tensor_numbers`` makes tensors of them.
+    parameter by itself is traced whole. What is repeated computes with tensors already, not with
+    the numbers that came of the counter of the parameter that was traced.
     """
     kinds = _kinds(optimizer, names, gradients)
     if type(optimizer) not in _LOOPS or len(kinds) == len(gradients):
         return trace_update(optimizer, names, gradients, mode)
     first = {alike[0]: gradients[alike[0]] for alike in kinds}
     update = trace_update(optimizer, names, first, mode)
+    mark(update.graph_module.graph, "update")
+    run_passes(update.graph_module, (tensor_numbers,), context)
     repeat = _Repeat(update.graph_module, _states(optimizer, names))
     if not repeat.is_apart(first):
         return trace_update(optimizer, names, gradients, mode)

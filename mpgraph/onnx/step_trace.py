@@ -99,8 +99,8 @@ def trace_step(
     gradients = _gradients(step, known, leaves, spec, dynamic)
     nodes = gradients_of(gradients.graph_module.graph)
     values = {name: node.meta["val"] for name, node in nodes.items()}
-    update = trace_alike_update(optimizer, known, values, gradients.mode)
     context = _context(step, optimizer, known, gradients)
+    update = trace_alike_update(optimizer, known, values, gradients.mode, context)
     gm, _ = assemble(gradients.graph_module, update, context)
     _write_assigned(gm.graph, gradients)
     put_on(gm, "cpu")

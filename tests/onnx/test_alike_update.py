@@ -11,6 +11,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from mpgraph.onnx import alike_update
 from mpgraph.onnx.alike_update import trace_alike_update
 from mpgraph.onnx.first_state import with_state
+from mpgraph.passes.tensor_numbers import tensor_numbers
+from mpgraph.pipeline import run_passes
+from mpgraph.policy import Policy
+from mpgraph.step.joint import StepContext, mark
 from mpgraph.step.trace_update import trace_update
 
 
@@ -28,8 +32,12 @@ def both(make):
     net = model()
     names = {id(p): name for name, p in net.named_parameters()}
     optimizer = with_state(make(net.parameters()))
-    alike = trace_alike_update(optimizer, names, *given(optimizer, names))
+    context = StepContext(Policy(), None)
+    alike = trace_alike_update(optimizer, names, *given(optimizer, names), context)
     whole = trace_update(optimizer, names, *given(optimizer, names))
+    for update in (alike, whole):
+        mark(update.graph_module.graph, "update")
+        run_passes(update.graph_module, (tensor_numbers,), context)
     return net, optimizer, alike, whole
 
 
@@ -41,6 +49,8 @@ def run(update, optimizer):
         if slot.kind == "gradient":
             generator = torch.Generator().manual_seed(len(slot.name) + ord(slot.name[0]))
             values.append(torch.randn(node.meta["val"].shape, generator=generator))
+        elif slot.like is not None:
+            values.append(torch.tensor(slot.read(), dtype=slot.like.dtype))
         else:
             values.append(copy.deepcopy(slot.read()))
     with torch.no_grad():
