@@ -19,7 +19,7 @@ from mpgraph.step.slots import StepSlot
 from mpgraph.step.trace_update import Update, trace_update
 
 # Their step is a loop over the parameters, each by itself ("_single_tensor_…" in torch/optim/).
-_LOOPS = frozenset(
+LOOPS = frozenset(
     {
         torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW,
         torch.optim.Adamax, torch.optim.ASGD, torch.optim.NAdam, torch.optim.RAdam,
@@ -42,7 +42,7 @@ def trace_alike_update(
     the numbers that came of the counter of the parameter that was traced.
     """
     kinds = _kinds(optimizer, names, gradients)
-    if type(optimizer) not in _LOOPS or len(kinds) == len(gradients):
+    if type(optimizer) not in LOOPS or len(kinds) == len(gradients):
         return trace_update(optimizer, names, gradients, mode)
     first = {alike[0]: gradients[alike[0]] for alike in kinds}
     update = trace_update(optimizer, names, first, mode)

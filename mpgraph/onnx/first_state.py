@@ -11,6 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from mpgraph.errors import ExportError
+from mpgraph.onnx.alike_update import LOOPS
 
 State = dict[str, Any]
 
@@ -62,17 +63,21 @@ def _recorded(optimizer: Optimizer, parameters: Sequence[Any]) -> dict[Any, Stat
 def _stepped(
     optimizer: Optimizer, parameters: Sequence[Any], states: Mapping[Any, State]
 ) -> list[torch.Tensor]:
-    """What a step from these states makes of the parameters, and of the state that it leaves."""
+    """What a step from these states makes of the parameters, and of the state that it leaves.
+
+    Of their first elements, where the optimizer treats every element alike.
+    """
+    part = _first if type(optimizer) in LOOPS else torch.clone
     generator = torch.Generator().manual_seed(0)
 
     def gradient(p: torch.Tensor) -> torch.Tensor:
         return torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
 
-    stand_ins = _stand_ins(parameters, gradient)
+    stand_ins = _stand_ins(parameters, gradient, part)
     given: dict[Any, State] = collections.defaultdict(dict)
     for p, stand_in in stand_ins.items():
         if states.get(p):
-            given[stand_in] = _copied(states[p], lambda value: value)
+            given[stand_in] = _copied(states[p], part)
     shadow = _shadow(optimizer, stand_ins, given)
     _step(shadow)
     left = [shadow.state.get(s, {}) for s in stand_ins.values()]
@@ -81,13 +86,20 @@ def _stepped(
 
 
 def _stand_ins(
-    parameters: Sequence[Any], gradient: Callable[[torch.Tensor], torch.Tensor]
+    parameters: Sequence[Any],
+    gradient: Callable[[torch.Tensor], torch.Tensor],
+    part: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
 ) -> dict[Any, torch.nn.Parameter]:
     found: dict[Any, torch.nn.Parameter] = {}
     for p in parameters:
-        found[p] = torch.nn.Parameter(p.detach().clone())
-        found[p].grad = gradient(p.detach())
+        found[p] = torch.nn.Parameter(part(p.detach()))
+        found[p].grad = gradient(found[p].detach())
     return found
+
+
+def _first(value: torch.Tensor) -> torch.Tensor:
+    """A copy of the first elements; a number stays one."""
+    return value.flatten()[:64].clone() if value.dim() else value.clone()
 
 
 def _shadow(optimizer: Optimizer, stand_ins: Mapping[Any, Any], state: Any) -> Any:

@@ -104,7 +104,7 @@ def test_an_optimizer_that_is_not_known_is_traced_whole():
 
 
 def test_values_that_depend_on_two_parameters_are_noticed(monkeypatch):
-    monkeypatch.setattr(alike_update, "_LOOPS", frozenset({Mixing}))
+    monkeypatch.setattr(alike_update, "LOOPS", frozenset({Mixing}))
     _, optimizer, alike, whole = both(lambda p: Mixing(p, lr=0.1))
     found, expected = run(alike, optimizer), run(whole, optimizer)
     for name in expected:
