@@ -21,6 +21,7 @@ from mpgraph.onnx.functional import drop_copies
 from mpgraph.onnx.lower import lower
 from mpgraph.onnx.program import NO_STATE, State, as_program, describe_node, quiet
 from mpgraph.onnx.registry import registry
+from mpgraph.onnx.repeated import RepeatedTranslations
 
 # Larger constants stay computed: folding would write what depends on example sizes into the file.
 FOLDED_ELEMENTS = 1024
@@ -85,8 +86,9 @@ def _translated(gm: fx.GraphModule, state: State, opset: int) -> Any:
     _keep_outputs_apart(gm.graph)
     described = {node.name: describe_node(node) for node in gm.graph.nodes}
     program = as_program(gm, state)
+    known: Any = RepeatedTranslations(registry(opset))
     try:
-        made = _core._exported_program_to_onnx_program(program, registry=registry(opset))
+        made = _core._exported_program_to_onnx_program(program, registry=known)
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(_why(described, error)) from error
     _tell_origins(made.model)  # first: the nodes of another version know it from these
