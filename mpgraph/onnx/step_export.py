@@ -19,6 +19,7 @@ from mpgraph.onnx.naming import name_axes
 from mpgraph.onnx.one_device import put_on
 from mpgraph.onnx.result_order import order_results
 from mpgraph.onnx.rounding import IR_VERSION, write_rounding
+from mpgraph.onnx.size_arithmetic import sizes_computed_once
 from mpgraph.onnx.step_check import check_step, given_of, in_torch, reference
 from mpgraph.onnx.step_files import (
     dtype_name,
@@ -62,7 +63,7 @@ def export_step(
     for name in _NEEDED:
         library(name)
     # Most of the graphs on the way are never run, and need no code.
-    with uncollected(), _use_lazy_graph_module(True):
+    with uncollected(), sizes_computed_once(), _use_lazy_graph_module(True):
         return _export(
             step, Path(folder), leaves, spec, target_of(target, opset), verify, dynamic, seed,
             inference,
