@@ -9,10 +9,8 @@ import torch
 
 # Whole folders, not names: a user's own path may well contain "/torch/" or "/mpgraph/".
 _PACKAGE = Path(__file__).parent
-_FOLDERS = tuple(
-    f"{folder}/"
-    for folder in {Path(torch.__file__).parent, _PACKAGE, (_PACKAGE / "passes").resolve()}
-)
+_OURS = (f"{_PACKAGE}/", f"{(_PACKAGE / 'passes').resolve()}/")
+_FOLDERS = (f"{Path(torch.__file__).parent}/", *_OURS)
 _LIBRARIES = tuple(f"{sysconfig.get_path(name)}/" for name in ("stdlib", "purelib", "platlib"))
 _GENERATED = ("<eval_with_key>", "<frozen ")
 
@@ -20,6 +18,11 @@ _GENERATED = ("<eval_with_key>", "<frozen ")
 def is_foreign(filename: str) -> bool:
     """Whether a file is torch's or mpgraph's, or code that they have generated."""
     return filename.startswith((*_GENERATED, *_FOLDERS))
+
+
+def is_mpgraphs(filename: str) -> bool:
+    """Whether a file is one of this package."""
+    return filename.startswith(_OURS)
 
 
 def is_users(filename: str) -> bool:

@@ -30,10 +30,12 @@ class Traces:
     Attributes:
         assigned: Values by the module's path, the name, and whether it is a buffer.
         reads: The attributes that decide what it does.
+        reads_mode: Whether it has asked a module if it is in training.
     """
 
     assigned: dict[tuple[str, str, bool], Any] = dataclasses.field(default_factory=dict)
     reads: Reads = dataclasses.field(default_factory=dict)
+    reads_mode: bool = False
 
 
 @contextlib.contextmanager
@@ -58,7 +60,7 @@ def attribute_changes(model: nn.Module, set_once: list[str]) -> Iterator[Traces]
     traces = Traces()
     with attribute_reads(model, code) as record:
         yield traces
-        traces.reads = record.reads
+        traces.reads, traces.reads_mode = record.reads, record.of_mode
     for path, module in model.named_modules():
         old_buffers, old_attributes = before.get(path, ({}, {}))
         traces.assigned |= _restore(path, tables_of(module).buffers, old_buffers, True)

@@ -33,7 +33,7 @@ from mpgraph.frozen import (
     parts,
     stored,
 )
-from mpgraph.places import is_foreign
+from mpgraph.places import is_foreign, is_mpgraphs
 from mpgraph.plain import BOOKKEEPING, FORWARD_HOOKS, MODULE_STATE
 
 # What torch's machinery reads of a module, and not forward.
@@ -58,9 +58,13 @@ Reads = dict[int, Root]  # by the identity of the module's table of attributes, 
 
 @dataclasses.dataclass
 class Record:
-    """What was read, and what the objects and containers held that were found on the way."""
+    """What was read, and what the objects and containers held that were found on the way.
+
+    ``of_mode`` says whether a module was asked if it is in training: many keys hold that apart.
+    """
 
     reads: Reads = dataclasses.field(default_factory=dict)
+    of_mode: bool = False
     held: list[Held] = dataclasses.field(default_factory=list)
 
 
@@ -120,7 +124,7 @@ class _Recorder:
         """
         if self._listening:
             self.stop()
-            self._is_left = True
+            self._is_left = self._record.of_mode = True
             for module in self._model.modules():
                 self._note_every(module, module, ())
 
@@ -150,6 +154,8 @@ class _Recorder:
         module, at_start = self._modules.get(id(table)), self._at_start.get(id(table))
         if module is None:
             return
+        if name == "training" and not is_mpgraphs(sys._getframe(3).f_code.co_filename):
+            self._record.of_mode = True
         if name == "__dict__":
             if not is_foreign(sys._getframe(3).f_code.co_filename):
                 self._note_every(module, module, ())
@@ -174,6 +180,7 @@ class _Recorder:
             self._enter(stored(owner, name), root, (*steps, name))
 
     def _note_every(self, owner: Any, root: Any, steps: Steps) -> None:
+        self._record.of_mode |= isinstance(owner, nn.Module)
         self._names(root, steps)[EVERY] = {}
         for name in attribute_names(owner):
             if steps or name not in _KNOWN:

@@ -53,7 +53,8 @@ class Captured:
     ``graph_module`` takes one value per placeholder, whose ``meta["slot"]`` says which, and
     returns a flat tuple: the leaves of the model's result, then those of every assignment. It
     holds as long as the attributes in ``reads`` are what they were; if there are ``moves``, a run
-    changes what it is specialised to.
+    changes what it is specialised to. Without ``reads_mode``, it would be the same in training and
+    in evaluation.
     """
 
     graph_module: fx.GraphModule
@@ -64,6 +65,7 @@ class Captured:
     seconds: float
     reads: Reads
     moves: set[str]
+    reads_mode: bool
 
 
 def slots_of(gm: fx.GraphModule) -> list[Slot]:

@@ -101,6 +101,7 @@ class _Plan:
     assignments: tuple[Assignment, ...] = ()
     set_once: list[str] = dataclasses.field(default_factory=list)
     reads: Reads = dataclasses.field(default_factory=dict)
+    reads_mode: bool = False
     moves: set[str] = dataclasses.field(default_factory=set)
 
     def note_move(self, move: str) -> None:
@@ -132,7 +133,7 @@ class _FlatModule(nn.Module):
         noted = attribute_changes(plan.model, plan.set_once)
         with noted as traces, compiling(plan.call.says_compiling), taken_values_refused():
             value = plan.forward(plan.model, *args, **kwargs)
-        plan.reads = traces.reads
+        plan.reads, plan.reads_mode = traces.reads, traces.reads_mode
         _refuse_changed_arguments(args, kwargs, leaves, plan.call.spec, held)
         outputs, plan.output = flatten(value)
         _refuse_opaque(plan.output)
@@ -217,8 +218,9 @@ def capture_export(
     _drop_unused_placeholders(gm)
     seconds = time.perf_counter() - started
     return Captured(
-        gm, constants, plan.output, plan.assignments, accepts, seconds, plan.reads, plan.moves
-    )
+        gm, constants, plan.output, plan.assignments, accepts, seconds, plan.reads, plan.moves,
+        plan.reads_mode,
+    )  # fmt: skip
 
 
 def _trace(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from mpgraph.passes.legalize import legalize
 from mpgraph.passes.remove_dead import remove_dead
 from mpgraph.pipeline import run_passes, size_hint
 from mpgraph.plain import FORWARD_HOOKS, global_hooks
+from mpgraph.runtime import manifest as files
 from mpgraph.step.assemble import copied, flat_outputs
 from mpgraph.step.joint import outputs_of, set_outputs
 from mpgraph.step.loss import models_own_loss
@@ -66,7 +67,7 @@ def evaluation(step: TrainStep, leaves: Sequence[Any], spec: Spec, dynamic: bool
 
 def model_results(step: TrainStep, graph: StepGraph) -> Question | None:
     """What the model returns, called as in the step; None if the step does not call it."""
-    call = next((call for call in graph.calls if call.model is step.model), None)
+    call = next((call for call in graph.traced.calls if call.model is step.model), None)
     if call is None:
         return None
     examples = [_example(leaf) for leaf in call.leaves]
@@ -89,22 +90,23 @@ def _example(leaf: torch.Tensor) -> torch.Tensor:
 
 
 def answers(
-    step: TrainStep, questions: Mapping[str, Question], target: Target, state: frozenset[str]
+    step: TrainStep, train: StepGraph, question: Question, target: Target
 ) -> dict[str, StepGraph]:
-    """Questions traced for export; parameters and statistics are their inputs, as they are state.
+    """The loss in evaluation, and what the model returns, for export.
 
-    What the model returns is taken from the trace of the loss, where that has it.
+    Parameters and statistics are their inputs, as they are state. As little is traced as will do:
+    the loss if it is another one than in training, the model if it is not in the loss as it is.
 
     Raises:
         CaptureError: One cannot be traced.
         ExportError: One cannot be exported; says why.
     """
-    found: dict[str, StepGraph] = {}
-    traced: Gradients | None = None
-    for name, question in questions.items():
-        alone = model_alone(step.model, traced, question) if traced is not None else None
-        traced = alone or _traced(step, question)
-        found[name] = _answer(step, question, traced, target, state)
+    state = frozenset(port.name for port in train.state())
+    traced = as_in_training(step.model, train.traced, question) or _traced(step, question)
+    found = {files.EVALUATE: _answer(step, question, traced, target, state)}
+    if (of_model := model_results(step, train)) is not None:
+        alone = model_alone(step.model, traced, of_model) or _traced(step, of_model)
+        found[files.INFER] = _answer(step, of_model, alone, target, state)
     return found
 
 
@@ -113,6 +115,30 @@ def _traced(step: TrainStep, question: Question) -> Gradients:
         return trace_results(
             step.model, question.function, question.leaves, question.spec, question.dynamic
         )
+
+
+def as_in_training(model: nn.Module, traced: Gradients, question: Question) -> Gradients | None:
+    """A trace of the loss and its gradients, without these: it is the one of evaluation too.
+
+    None where something has asked whether it is training, or may have been told by ``train()``; or
+    where the size of the batch is fixed, which it need not be in evaluation.
+    """
+    if traced.reads_mode or _is_fixed(traced, question):
+        return None
+    if any(type(module).train is not nn.Module.train for module in model.modules()):
+        return None
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        return None
+    gm = copied(traced.graph_module)
+    outputs = outputs_of(gm.graph)
+    del outputs["gradients"]
+    set_outputs(gm.graph, outputs)
+    gm.graph.eliminate_dead_code()
+    return dataclasses.replace(traced, graph_module=gm)
+
+
+def _is_fixed(traced: Gradients, question: Question) -> bool:
+    return any(question.dynamic) and not symbol_of(traced)
 
 
 def model_alone(model: nn.Module, traced: Gradients, question: Question) -> Gradients | None:
@@ -126,8 +152,7 @@ def model_alone(model: nn.Module, traced: Gradients, question: Question) -> Grad
     (call,) = traced.calls
     if (call.model, call.spec, call.places) != (model, question.spec, question.places):
         return None
-    is_fixed = any(question.dynamic) and not symbol_of(traced)
-    if is_fixed or None in call.places or len({*call.places}) < len(call.places):
+    if _is_fixed(traced, question) or None in call.places or len({*call.places}) < len(call.places):
         return None
     gm = copied(traced.graph_module)
     set_outputs(gm.graph, {"results": outputs_of(gm.graph)["model"]})
@@ -175,7 +200,7 @@ def _answer(
     context = TargetContext(**vars(step.settings.state.context()), target=target)
     run_passes(made.graph_module, (legalize, remove_dead), context)
     names = question.results(traced.result)
-    return StepGraph(made.graph_module, ports, names, symbol_of(traced), traced.calls)
+    return StepGraph(made.graph_module, ports, names, symbol_of(traced), traced)
 
 
 @contextlib.contextmanager

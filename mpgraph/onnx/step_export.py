@@ -13,7 +13,7 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from mpgraph.onnx.chunk_updates import chunk_updates
 from mpgraph.onnx.extra import library
-from mpgraph.onnx.forward_trace import answers, evaluation, model_results
+from mpgraph.onnx.forward_trace import answers, evaluation
 from mpgraph.onnx.in_place import in_place
 from mpgraph.onnx.naming import name_axes
 from mpgraph.onnx.one_device import put_on
@@ -84,10 +84,7 @@ def _export(
     graph = trace_step(step, leaves, spec, goal, dynamic=dynamic)
     graphs = {files.TRAIN: graph}
     if inference:
-        asked = {files.EVALUATE: evaluation(step, leaves, spec, dynamic)}
-        if (results := model_results(step, graph)) is not None:
-            asked[files.INFER] = results
-        graphs |= answers(step, asked, goal, frozenset(port.name for port in graph.state()))
+        graphs |= answers(step, graph, evaluation(step, leaves, spec, dynamic), goal)
     models = {name: translated(part, goal) for name, part in graphs.items()}
     pieces = _in_pieces(models[files.TRAIN], graph, goal)
     order_results(models[files.TRAIN].graph)

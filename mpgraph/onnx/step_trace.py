@@ -34,7 +34,6 @@ from mpgraph.passes.tensor_numbers import tensor_numbers
 from mpgraph.pipeline import GraphPass, run_passes
 from mpgraph.step.arguments import parameter_names, trained_by
 from mpgraph.step.assemble import assemble, flat_outputs, moving_scales
-from mpgraph.step.inside import ModelCall
 from mpgraph.step.joint import StepContext, gradients_of, outputs_of, set_outputs, slot_nodes
 from mpgraph.step.loss import models_own_loss
 from mpgraph.step.optimizer_places import equal_counters
@@ -64,14 +63,14 @@ class StepGraph:
         ports: What the placeholders stand for.
         results: The names of the results.
         symbol: The symbolic batch size; "" where it is fixed.
-        calls: The calls of converted models.
+        traced: What it was made of.
     """
 
     graph_module: fx.GraphModule
     ports: list[Port]
     results: list[str]
     symbol: str
-    calls: list[ModelCall]
+    traced: Gradients
 
     def state(self) -> list[Port]:
         """The ports that have a next value."""
@@ -115,7 +114,7 @@ def trace_step(
     ports = ports_of(made, names, len(optimizer.param_groups))
     kept = _named_results(results, gradients)
     run_passes(made.graph_module, (legalize,), _target_context(step, target))
-    return StepGraph(made.graph_module, ports, kept, symbol_of(gradients), gradients.calls)
+    return StepGraph(made.graph_module, ports, kept, symbol_of(gradients), gradients)
 
 
 def _gradients(
@@ -126,7 +125,7 @@ def _gradients(
     with in_plain_operators(), enable_python_dispatcher():
         return trace_gradients(
             step.model, step.loss_fn, trained, leaves, spec, step.accumulation_steps,
-            dynamic=batch_dims(leaves) if dynamic else (),
+            dynamic=batch_dims(leaves) if dynamic else (), keeps_output=True,
         )  # fmt: skip
 
 
@@ -170,7 +169,7 @@ def _target_context(step: TrainStep, target: Target) -> TargetContext:
 
 
 def _write_assigned(graph: fx.Graph, gradients: Gradients) -> None:
-    """Write the buffers that the model's forward assigns; other attributes are not state."""
+    """Write the buffers that the model's forward assigns; return what the loss function did."""
     outputs, places = outputs_of(graph), slot_nodes(graph)
     start = count_leaves(gradients.result)
     values = iter(outputs["results"][start:])
@@ -189,6 +188,7 @@ def _write_assigned(graph: fx.Graph, gradients: Gradients) -> None:
         with graph.inserting_before(graph.output_node()):
             write = graph.call_function(torch.ops.aten.copy_.default, (place, given[0]))
         write.meta = {"val": place.meta["val"], "part": "forward"}
+    outputs.pop("model", None)
     set_outputs(graph, {**outputs, "results": outputs["results"][:start]})
 
 

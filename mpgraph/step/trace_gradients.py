@@ -62,6 +62,7 @@ class Gradients:
         sizes: For which sizes of a batch it holds, where some are symbolic.
         reads: The attributes of modules that the loss function has read by itself.
         taken: The tensors that it has taken a number out of.
+        reads_mode: Whether it, or the model, has asked a module if it is in training.
     """
 
     graph_module: fx.GraphModule
@@ -73,6 +74,7 @@ class Gradients:
     sizes: SizeGuards
     reads: Reads
     taken: list[torch.Tensor]
+    reads_mode: bool
     output: Spec | None = None
 
 
@@ -85,6 +87,7 @@ def trace_gradients(
     divisor: int = 1,
     zeros: frozenset[str] = frozenset(),
     dynamic: Sequence[frozenset[int]] = (),
+    keeps_output: bool = False,
 ) -> Gradients:
     """Trace ``loss_fn(model, *args, **kwargs)`` and its gradients.
 
@@ -97,11 +100,12 @@ def trace_gradients(
         divisor: What the loss is divided by before it is differentiated.
         zeros: Parameters whose gradient is zero where there is none: an earlier batch had one.
         dynamic: Per leaf, the dimensions whose size stays symbolic. Equal sizes share a symbol.
+        keeps_output: Whether to return what the model itself returned, as :func:`trace_results`.
 
     Raises:
         CaptureError: The loss cannot be traced; says why, where, and what to do.
     """
-    trace = _Trace(model, loss_fn, parameters, spec, divisor, zeros)
+    trace = _Trace(model, loss_fn, parameters, spec, divisor, zeros, keeps_output)
     with torch.enable_grad():
         return _run_trace(trace, leaves, dynamic)
 
@@ -130,7 +134,9 @@ def trace_results(
     """
     # Not under no_grad: a model's own no_grad blocks would then leave no trace.
     with torch.enable_grad():
-        return _run_trace(_Trace(model, function, None, spec, 1, frozenset()), leaves, dynamic)
+        return _run_trace(
+            _Trace(model, function, None, spec, 1, frozenset(), True), leaves, dynamic
+        )
 
 
 def _run_trace(trace: _Trace, leaves: Tensors, dynamic: Sequence[frozenset[int]]) -> Gradients:
@@ -162,7 +168,7 @@ def _run_once(trace: _Trace, leaves: Tensors, dynamic: Sequence[frozenset[int]])
     return Gradients(
         gm, trace.result, inside.assigned, inside.states, inside.calls, mode, guards, record.reads,
         inside.taken,
-        trace.output,
+        record.of_mode or any(entry.captured.reads_mode for entry in inside.ran), trace.output,
     )  # fmt: skip
 
 
@@ -177,10 +183,11 @@ class _Trace:
         spec: Spec,
         divisor: int,
         zeros: frozenset[str],
+        keeps_output: bool,
     ) -> None:
         self.model, self.loss_fn, self.spec, self.divisor = model, loss_fn, spec, divisor
         self.parameters, self.zeros = parameters or {}, zeros
-        self.differentiates = parameters is not None
+        self.differentiates, self.keeps_output = parameters is not None, keeps_output
         self.inside: Inside | None = None
         self.result: Spec | None = None
         self.output: Spec | None = None
@@ -197,25 +204,27 @@ class _Trace:
         with inside.active():
             value = self.loss_fn(self.model, *args, **kwargs)
         self._refuse_opaque(value)
-        others = self._gradients(inside, value) if self.differentiates else self._output(inside)
+        of_model = self._output(inside) if self.keeps_output else []
+        gradients = self._gradients(inside, value) if self.differentiates else []
         outputs, self.result = flatten(value)
         for assigned in inside.assigned:
             outputs.extend(assigned.leaves)
         if any(not isinstance(output, torch.Tensor) for output in outputs):
             raise CaptureError(needs_a_value(""))
         self.count = len(outputs)
-        returned = [*(o.detach() for o in outputs), *others]
+        returned = [*(o.detach() for o in [*outputs, *of_model]), *gradients]
         mark(inside.graph, "forward")
         return returned
 
     def _output(self, inside: Inside) -> list[torch.Tensor]:
+        self.output = None
         if len(inside.calls) != 1 or inside.acts_outside():
             return []
         (outputs,) = inside.outputs
         if any(not isinstance(output, torch.Tensor) for output in outputs):
             return []
         self.output = inside.ran[0].captured.output
-        return [output.detach() for output in outputs]
+        return outputs
 
     def _gradients(self, inside: Inside, value: Any) -> list[torch.Tensor]:
         loss = loss_of(value, self.loss_fn)
@@ -314,10 +323,12 @@ def _unheard() -> Iterator[None]:
 def _name_results(graph: fx.Graph, trace: _Trace) -> None:
     output = graph.output_node()
     returned = cast(Sequence[Any], output.args[0])
-    results, others = list(returned[: trace.count]), returned[trace.count :]
-    gradients = dict(zip(trace.named, others, strict=True)) if trace.differentiates else {}
-    of_model = {"model": list(others)} if trace.output is not None else {}
-    output.args = ({"results": results, "gradients": gradients, **of_model},)
+    end = len(returned) - len(trace.named)
+    gradients = dict(zip(trace.named, returned[end:], strict=True))
+    found: dict[str, Any] = {"results": list(returned[: trace.count]), "gradients": gradients}
+    if trace.output is not None:
+        found["model"] = list(returned[trace.count : end])
+    output.args = (found,)
     output.meta["part"] = "output"
 
 

@@ -1,4 +1,4 @@
-"""infer.onnx, taken from the trace of the loss where that holds what the model returned."""
+"""As little is traced for evaluation as will do, and what is not traced is the same."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ class Two(nn.Module):
 def plain(model: nn.Module, shift: Tensor, x: Tensor, target: Tensor) -> Tensor:
     """The batch is in another order than the arguments, and has one tensor more."""
     return (model(x, shift)["y"] - target).square().mean()
+
+
+def asking(model: nn.Module, shift: Tensor, x: Tensor, target: Tensor) -> Tensor:
+    """Half as much in evaluation."""
+    return (model(x, shift)["y"] - target).square().mean() * (1.0 if model.training else 0.5)
 
 
 def writing(model: nn.Module, shift: Tensor, x: Tensor, target: Tensor) -> Tensor:
@@ -101,18 +106,84 @@ def assert_predicts(folder: Path, model: nn.Module) -> None:
 
 def test_one_trace_answers_two_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Two()
-    assert exported(model, plain, tmp_path, monkeypatch) == 1
+    assert exported(model, asking, tmp_path, monkeypatch) == 1
     assert_predicts(tmp_path, model)
 
 
-@pytest.mark.parametrize(
-    "loss", [writing, writing_first, computing_first, twice, fixing, another_in_evaluation]
-)
+def test_nothing_is_traced_again_where_nothing_asks_for_the_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Two()
+    assert exported(model, plain, tmp_path, monkeypatch) == 0
+    assert_predicts(tmp_path, model)
+    arrays = {name: value.numpy() for name, value in batch().items()}
+    found = OnnxTrainer(tmp_path, threads=1).evaluate([arrays])["loss"]
+    assert found == pytest.approx(plain(model, **batch()).item(), rel=1e-6)
+
+
+class Asking(Two):
+    """Another thing in evaluation."""
+
+    def forward(self, x: Tensor, shift: Tensor) -> dict[str, Tensor]:
+        """Shifted in training alone."""
+        return super().forward(x, shift if self.training else torch.zeros_like(shift))
+
+
+class AskingTable(Two):
+    """The same, asked in another way."""
+
+    def forward(self, x: Tensor, shift: Tensor) -> dict[str, Tensor]:
+        """Shifted in training alone."""
+        return super().forward(x, shift if vars(self)["training"] else torch.zeros_like(shift))
+
+
+class Told(Two):
+    """Told of the mode."""
+
+    scale = 1.0
+
+    def train(self, mode: bool = True) -> Told:
+        """Three times as much in evaluation."""
+        self.scale = 1.0 if mode else 3.0
+        return super().train(mode)
+
+    def forward(self, x: Tensor, shift: Tensor) -> dict[str, Tensor]:
+        """Scaled."""
+        return super().forward(self.scale * x, shift)
+
+
+class Dropping(Two):
+    """Asks in a module of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, shift: Tensor) -> dict[str, Tensor]:
+        """Dropped in training alone."""
+        return super().forward(self.dropout(x), shift)
+
+
+@pytest.mark.parametrize("kind", [Asking, AskingTable, Told, Dropping])
+def test_a_model_that_knows_its_mode_is_traced_in_evaluation(
+    kind: type[nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = kind()
+    assert exported(model, plain, tmp_path, monkeypatch) == 1
+    assert_predicts(tmp_path, model.eval())
+
+
+MORE = {
+    writing: 1, writing_first: 1, computing_first: 1, twice: 1, fixing: 2, another_in_evaluation: 2
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", MORE)
 def test_a_loss_that_does_more_than_call_the_model(
     loss: Callable[..., Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Two()
-    assert exported(model, loss, tmp_path, monkeypatch) == 2
+    assert exported(model, loss, tmp_path, monkeypatch) == MORE[loss]
     assert_predicts(tmp_path, model)
 
 
@@ -121,5 +192,5 @@ def test_hooks_around_the_model_are_part_of_what_it_returns(
 ) -> None:
     model = Two()
     model.register_forward_hook(lambda _, __, result: {k: v * 3.0 for k, v in result.items()})
-    assert exported(model, plain, tmp_path, monkeypatch) == 2
+    assert exported(model, plain, tmp_path, monkeypatch) == 1
     assert_predicts(tmp_path, model)
