@@ -125,9 +125,7 @@ def as_in_training(model: nn.Module, traced: Gradients, question: Question) -> G
     """
     if traced.reads_mode or _is_fixed(traced, question):
         return None
-    if any(type(module).train is not nn.Module.train for module in model.modules()):
-        return None
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+    if any(map(_is_told, model.modules())):
         return None
     gm = copied(traced.graph_module)
     outputs = outputs_of(gm.graph)
@@ -135,6 +133,13 @@ def as_in_training(model: nn.Module, traced: Gradients, question: Question) -> G
     set_outputs(gm.graph, outputs)
     gm.graph.eliminate_dead_code()
     return dataclasses.replace(traced, graph_module=gm)
+
+
+def _is_told(module: nn.Module) -> bool:
+    """Whether a module does something when its mode is set, or may ask for it out of sight."""
+    own = [getattr(getattr(module, name), "__func__", None) for name in ("train", "eval")]
+    is_script = isinstance(module, torch.jit.ScriptModule)
+    return is_script or own != [nn.Module.train, nn.Module.eval]
 
 
 def _is_fixed(traced: Gradients, question: Question) -> bool:

@@ -152,6 +152,17 @@ class Told(Two):
         return super().forward(self.scale * x, shift)
 
 
+class ToldByEval(Told):
+    """Told of evaluation by ``eval()`` alone."""
+
+    train = nn.Module.train
+
+    def eval(self) -> ToldByEval:
+        """Three times as much."""
+        self.scale = 3.0
+        return super().eval()
+
+
 class Dropping(Two):
     """Asks in a module of torch's."""
 
@@ -164,7 +175,7 @@ class Dropping(Two):
         return super().forward(self.dropout(x), shift)
 
 
-@pytest.mark.parametrize("kind", [Asking, AskingTable, Told, Dropping])
+@pytest.mark.parametrize("kind", [Asking, AskingTable, Told, ToldByEval, Dropping])
 def test_a_model_that_knows_its_mode_is_traced_in_evaluation(
     kind: type[nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
