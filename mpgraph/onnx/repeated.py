@@ -144,5 +144,5 @@ def _copied(written: _Written, taken: list[Any], recorder: Any) -> Any:
             )
         )  # fmt: skip
     if isinstance(written.returned, Sequence):
-        return type(written.returned)(values[value] for value in written.returned)
+        return [values[value] for value in written.returned]
     return values[written.returned]
