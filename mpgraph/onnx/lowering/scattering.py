@@ -94,6 +94,40 @@ def _index_reduce(
     return x.scatter_reduce(dim, places, source, reduce, include_self=include_self)
 
 
+def _index_put(
+    x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False, *_: Any
+) -> Any:
+    """Sums: onnxruntime's ScatterND adds on several threads, and loses some where places repeat."""
+    given = {dim: index for dim, index in enumerate(indices) if index is not None}
+    if not accumulate or any(index.dtype is torch.bool for index in given.values()):
+        return NotImplemented
+    sizes = [x.shape[dim] for dim in given]
+    rest = [dim for dim in range(x.dim()) if dim not in given]
+    wrapped = [torch.where(i < 0, i + n, i) for i, n in zip(given.values(), sizes, strict=True)]
+    broadcast: Any = torch.broadcast_tensors
+    place, *others = broadcast(*wrapped)
+    for index, size in zip(others, sizes[1:], strict=True):
+        place = place * size + index
+    moved = x.permute(*given, *rest)
+    shape = [*place.shape, *moved.shape[len(given) :]]
+    flat = moved.reshape(math.prod(sizes), -1)
+    updates = _as_updates(values, [*given], place.dim(), shape).reshape(-1, flat.shape[1])
+    places = place.reshape(-1, 1).expand(updates.shape)
+    found = flat.scatter_add(0, places, updates).reshape(moved.shape)
+    order = [*given, *rest]
+    return found.permute([order.index(dim) for dim in range(x.dim())])
+
+
+def _as_updates(values: Tensor, dims: Sequence[int], rank: int, shape: Sequence[int]) -> Tensor:
+    """What is put there, indexed dimensions first: so they are unless they were side by side."""
+    if dims[-1] - dims[0] + 1 == len(dims) and dims[0]:
+        before, first = dims[0], len(shape)
+        laid_out = [*shape[rank : rank + before], *shape[:rank], *shape[rank + before :]]
+        order = [*range(before, before + rank), *range(before), *range(before + rank, first)]
+        return values.expand(laid_out).permute(order)
+    return values.expand(list(shape))
+
+
 def _searchsorted(
     rows: Tensor,
     values: Tensor,
@@ -141,6 +175,10 @@ ROWS = (
     ),
     Row(
         (aten.index_reduce.default,), _index_reduce, "scatter_reduce", "torch.index_reduce",
+    ),
+    Row(
+        (aten.index_put.default, aten._unsafe_index_put.default), _index_put,
+        "sums: scatter-add to sum(index * stride)", "aten/src/ATen/native/IndexingUtils.h",
     ),
     Row(
         (aten.searchsorted.Tensor,), _searchsorted, "how many of the row are smaller",
