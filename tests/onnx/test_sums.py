@@ -1,4 +1,4 @@
-"""Sums at places that repeat: onnxruntime adds them one after the other, on any number of threads."""
+"""Sums at places that repeat: onnxruntime adds one after the other, on any number of threads."""
 
 from __future__ import annotations
 
