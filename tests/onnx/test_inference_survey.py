@@ -31,7 +31,6 @@ QUICK = (
 FIXED = {
     "scatter_reduce mean": "the index may be smaller than the source, in a dimension that varies",
     "scatter_reduce mean of others": "the same",
-    "conv strided": "torchlib has no bias of zeros in three dimensions for any number of channels",
 }
 
 
