@@ -29,10 +29,10 @@ def put_on(gm: fx.GraphModule, device: str | torch.device) -> None:
 
 
 def _move(node: fx.Node, device: torch.device) -> None:
-    def moved(value: Any) -> Any:
-        return device if isinstance(value, torch.device) else value
-
-    node.args, node.kwargs = (_each(moved, part) for part in (node.args, node.kwargs))
+    given = (*node.args, *node.kwargs.values())
+    if any(isinstance(value, torch.device) and value != device for value in given):
+        node.args = tuple(_moved(value, device) for value in node.args)
+        node.kwargs = {key: _moved(value, device) for key, value in node.kwargs.items()}
     for key in ("val", "captured"):
         if key in node.meta:
             node.meta[key] = pytree.tree_map_only(
@@ -40,8 +40,8 @@ def _move(node: fx.Node, device: torch.device) -> None:
             )
 
 
-def _each(function: Any, arguments: Any) -> Any:
-    return pytree.tree_map(function, arguments, is_leaf=lambda leaf: isinstance(leaf, fx.Node))
+def _moved(argument: Any, device: torch.device) -> Any:
+    return device if isinstance(argument, torch.device) else argument
 
 
 def _fake_on(value: torch.Tensor, device: torch.device) -> torch.Tensor:
