@@ -41,7 +41,7 @@ def _once(name: str, compute: Callable[..., Any], known: dict[Any, SymNode]) -> 
             return compute(self, other)
         # Once a symbol has become a number, results are simpler: the version says so.
         key = (
-            name, self.shape_env, self.shape_env._replacements_version_counter,
+            name, self.shape_env, self.shape_env._version_counter,
             self._expr, self._hint, self.pytype, other._expr, other._hint, other.pytype,
         )  # fmt: skip
         if key not in known:
