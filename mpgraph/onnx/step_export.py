@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,16 +97,19 @@ def _export(
     with tempfile.TemporaryDirectory(dir=path, prefix=".partial-") as partial:
         made = Path(partial)
         written = _write(made, models, graphs, values, goal)
+        error = None
         if verify:
             given = given_of(graph, values, leaves)
             first = in_torch(graph, given)
-            write_tensors(made / files.REFERENCE, reference(graph, given, first))
+            provider = with_options(goal.provider, manifest.precision)
+            with ThreadPoolExecutor(1) as onnxruntime:  # beside torch's further steps
+                check = onnxruntime.submit(check_step, made, graph, given, first, pieces, provider)
+                write_tensors(made / files.REFERENCE, reference(graph, given, first))
+                error = check.result()
             written.append(files.REFERENCE)
         sums = {name: files.checksum(made / name) for name in written}
         manifest = dataclasses.replace(manifest, files=sums)
         manifest.write(made)
-        provider = with_options(goal.provider, manifest.precision)
-        error = check_step(made, graph, given, first, pieces, provider) if verify else None
         for name in (*written, files.MANIFEST):
             (made / name).replace(path / name)
     sizes = {name: (path / name).stat().st_size for name in (*written, files.MANIFEST)}
