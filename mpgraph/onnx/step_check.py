@@ -78,9 +78,9 @@ def check_step(
 
 
 def in_torch(graph: StepGraph, given: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """What the graph returns, computed where it was traced; what it is given stays as it is."""
+    """What the graph returns, computed where it was traced. It writes nothing."""
     places = [n.meta["val"].device for n in graph.graph_module.graph.find_nodes(op="placeholder")]
-    placed = [value.clone().to(device) for value, device in zip(given, places, strict=True)]
+    placed = [value.to(device) for value, device in zip(given, places, strict=True)]
     with torch.no_grad():
         return [value.cpu() for value in graph.graph_module(*placed)]
 

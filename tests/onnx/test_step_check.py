@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import mpgraph
-from mpgraph.onnx import step_check
+from mpgraph.onnx import step_check, step_export
 from mpgraph.runtime import OnnxTrainer
 
 pytest.importorskip("onnxruntime")
@@ -70,6 +70,29 @@ def test_a_value_that_is_wrong_is_refused(
     with pytest.raises(mpgraph.ExportError, match=rf"differ in (next\.)?{name} by 0\.1"):
         export(tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_what_the_step_starts_from_is_not_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Running statistics, counters and momenta are; the check is given those of the model."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(True), nn.Dropout())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    compared: list[bool] = []
+
+    def watched(graph: Any, given: Any) -> Any:
+        before = [value.clone() for value in given]
+        returned = in_torch(graph, given)
+        compared.append(all(map(torch.equal, before, given)))
+        return returned
+
+    in_torch = step_check.in_torch
+    for module in (step_check, step_export):
+        monkeypatch.setattr(module, "in_torch", watched)
+    step = mpgraph.TrainStep(model, optimizer, loss_fn, precision="fp32", compile=False)
+    step.export_onnx(tmp_path, example_inputs=(torch.randn(3, 3, 6, 6),))
+    assert len(compared) >= 3
+    assert all(compared)
 
 
 class Weighted(nn.Module):
