@@ -239,3 +239,23 @@ def _looked_at(target: OpOverload) -> Callable[..., Any]:
 
 looked_at = PythonKernels({target: _looked_at(target) for target in RECURRENT}, _KEY)
 """While this is active, recurrent layers on fake tensors are not unrolled over time."""
+
+
+def _in_shape(unrolled: Callable[..., Any]) -> Callable[..., Any]:
+    """The LSTM loop of torch, with final states shaped like the initial ones.
+
+    torch 2.11's has a dimension too many there, unless the batch is a single sequence.
+    """
+
+    def kernel(data: torch.Tensor, states: Sequence[torch.Tensor], *rest: Any) -> Any:
+        output, *last = unrolled(data, states, *rest)
+        pairs = zip(last, states, strict=True)
+        return output, *(a if a.dim() == b.dim() else a.reshape(b.shape) for a, b in pairs)
+
+    return kernel
+
+
+unrolled_in_shape = PythonKernels(
+    {OVERLOADS["lstm"]: _in_shape(OVERLOADS["lstm"].py_kernels[_KEY])}, _KEY
+)
+"""While this is active, an LSTM that is unrolled yields what a whole one does."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -130,3 +131,28 @@ def test_sizes_stay_symbolic_where_something_is_padded() -> None:
 @pytest.mark.parametrize(("dynamic", "expected"), [(False, (4, 8)), (True, (None, None))])
 def test_all_or_nothing_can_be_asked_for(dynamic: bool, expected: Any) -> None:
     assert Sizes(dynamic).patterns("kind", tensors((4, 8))) == [expected]
+
+
+def test_an_operator_that_refuses_symbols_fixes_the_sizes() -> None:
+    """As the weighted binary cross-entropy of torch 2.11 does."""
+
+    def refuses(model: nn.Module, ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        torch._C._infer_size(ids.shape, target.shape)  # type: ignore[attr-defined]
+        return loss_fn(model, ids, target)
+
+    data, losses = batches((3, 5), (3, 5), (4, 6), (7, 2)), []
+    for dynamic in (None, False):
+        torch.manual_seed(0)
+        model = Tokens()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        step = mpgraph.TrainStep(model, optimizer, refuses, precision="bf16", dynamic=dynamic)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            losses.append([step(*batch).item() for batch in data])
+        told = [str(w.message) for w in said if "batches of every size" in str(w.message)]
+        assert len(told) == (dynamic is None)
+        assert all("test_step_sizes.py" in message for message in told)
+    assert losses[0] == losses[1]
+    step = mpgraph.TrainStep(model, optimizer, refuses, dynamic=True)
+    with pytest.raises(mpgraph.CaptureError, match="dynamic=False"):
+        step(*data[0])

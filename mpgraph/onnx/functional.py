@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from mpgraph.infer import fake_mode_of
 from mpgraph.onnx.last_writes import writes_last
 from mpgraph.onnx.whole_operators import whole_operators
-from mpgraph.recurrent import kept_whole, without_cudnn, without_onednn
+from mpgraph.recurrent import kept_whole, unrolled_in_shape, without_cudnn, without_onednn
 from mpgraph.step.assemble import copied
 from mpgraph.step.joint import fresh
 
@@ -108,8 +108,9 @@ def in_plain_operators() -> Iterator[None]:
     What mpgraph has rows for stays whole.
     """
     math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with math, whole_operators, kept_whole(False), without_onednn(), without_cudnn():
-        yield
+    with math, whole_operators, unrolled_in_shape:
+        with kept_whole(False), without_onednn(), without_cudnn():
+            yield
 
 
 def _pack(graph: fx.Graph) -> None:

@@ -29,7 +29,7 @@ def writes_last(graph: fx.Graph) -> bool:
             if place in written or not _is_last(node, place, nodes):
                 return False
             written.add(place)
-        elif not _is_number(node) and _may_write(node.target):
+        elif not is_number(node) and _may_write(node.target):
             return False
     return True
 
@@ -71,8 +71,12 @@ def _may_write(target: Any) -> bool:
     return writes or target._can_decompose()
 
 
-def _is_number(node: fx.Node) -> bool:
-    """A size or what is computed of sizes: such functions write nothing."""
-    return isinstance(
-        node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
-    )
+def is_number(node: fx.Node) -> bool:
+    """Whether a node yields a size, or sizes: what does so writes nothing and has no parts.
+
+    ``torch.ops.aten.size`` is not even an operator of the dispatcher, though torch records it.
+    """
+    value = node.meta.get("val")
+    values = value if isinstance(value, (list, tuple)) else [value]
+    numbers = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return len(values) > 0 and all(isinstance(item, numbers) for item in values)

@@ -22,6 +22,7 @@ from mpgraph.errors import ExportError
 from mpgraph.infer import fake_mode_of
 from mpgraph.onnx.composites import stays_whole
 from mpgraph.onnx.functional import CARRIED, retrace
+from mpgraph.onnx.last_writes import is_number
 from mpgraph.onnx.lowering import decompositions
 from mpgraph.onnx.lowering.constants import FIX_SIZES
 from mpgraph.onnx.program import describe_node
@@ -232,9 +233,7 @@ def _opened(node: fx.Node, alone: fx.GraphModule, table: Any) -> fx.GraphModule:
 
 
 def _is_composite(node: fx.Node) -> bool:
-    # What yields a size has no parts; torch counts it among the operators that have.
-    is_size = isinstance(node.meta["val"], (int, float, torch.SymInt, torch.SymFloat))
-    return not is_size and node.target._can_decompose()  # type: ignore[union-attr]
+    return not is_number(node) and node.target._can_decompose()  # type: ignore[union-attr]
 
 
 @functools.cache

@@ -80,3 +80,13 @@ def needs_a_size(operator: object, line: str) -> str:
         "that is captured once has none while it is traced. Use an operator with a fixed size "
         "(torch.where, a mask), or an ordinary loop with mpgraph.convert and mpgraph.guard."
     )
+
+
+def needs_fixed_sizes(said: str, line: str) -> str:
+    """What to say of an operator that refuses a symbolic size, at this line of the user's."""
+    where = f" at {line}" if line else ""
+    return (
+        f"the step cannot be captured for batches of every size: an operator{where} asks for the "
+        f"numbers of sizes ({said}). Write that part in other operators, or fix the sizes: "
+        "dynamic=False in TrainStep, dynamic_batch=False in export_onnx."
+    )

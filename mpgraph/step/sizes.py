@@ -35,6 +35,13 @@ class Sizes:
         self._known[kind] = [_joined(*pair) for pair in zip(known, sizes, strict=True)]
         return self._known[kind]
 
+    def fix(self) -> bool:
+        """Take every size for fixed from now on; False where none is to be."""
+        can_be = not self.dynamic
+        if can_be:
+            self.dynamic = False
+        return can_be
+
 
 def _joined(known: Pattern, sizes: Pattern) -> Pattern:
     return tuple(k if k == n else None for k, n in zip(known, sizes, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -26,7 +27,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from mpgraph import recurrent
 from mpgraph.capture.attribute_reads import Reads, attribute_reads
-from mpgraph.capture.breaks import line_of_error
+from mpgraph.capture.breaks import first_line, line_of_error
 from mpgraph.capture.detect import NeedsDynamo, watch_step
 from mpgraph.capture.held import held_in_places
 from mpgraph.capture.writes import writes_taken_back
@@ -34,7 +35,13 @@ from mpgraph.errors import CaptureError, MPGraphError
 from mpgraph.module import State
 from mpgraph.step.inside import Assigned, Inside, ModelCall
 from mpgraph.step.joint import copied_as, fresh, mark
-from mpgraph.step.loss import LossFunction, loss_of, needs_a_size, needs_a_value
+from mpgraph.step.loss import (
+    LossFunction,
+    loss_of,
+    needs_a_size,
+    needs_a_value,
+    needs_fixed_sizes,
+)
 from mpgraph.step.reads import LossReads
 from mpgraph.step.sizes import SizeGuards
 from mpgraph.step.slots import Homes, StepSlot, place_name
@@ -42,6 +49,10 @@ from mpgraph.structure import Spec, flatten, opaque_values, unflatten
 from mpgraph.uncompiled import uncompiled
 
 Tensors = Sequence[torch.Tensor]
+
+
+class NeedsFixedSizes(CaptureError):
+    """A loss is not to be traced with symbolic sizes, though perhaps with those of one batch."""
 
 
 @dataclasses.dataclass
@@ -104,6 +115,7 @@ def trace_gradients(
 
     Raises:
         CaptureError: The loss cannot be traced; says why, where, and what to do.
+        NeedsFixedSizes: It cannot with ``dynamic`` sizes.
     """
     trace = _Trace(model, loss_fn, parameters, spec, divisor, zeros, keeps_output)
     with torch.enable_grad():
@@ -281,6 +293,15 @@ def _traced(trace: _Trace, fakes: Sequence[Any]) -> fx.GraphModule:
         raise CaptureError(needs_a_value(line_of_error(error))) from error
     except DynamicOutputShapeException as error:
         raise CaptureError(needs_a_size(error.func, line_of_error(error))) from error
+    except (RuntimeError, TypeError) as error:
+        if trace.has_symbols and _REFUSES_SYMBOLS.search(str(error)):
+            told = needs_fixed_sizes(first_line(error), line_of_error(error))
+            raise NeedsFixedSizes(told) from error
+        raise
+
+
+# "Cannot call sizes() on tensor with symbolic sizes/strides", "expected int …, but got: SymInt".
+_REFUSES_SYMBOLS = re.compile(r"symbolic sizes|\bSymInt\b")
 
 
 @contextlib.contextmanager

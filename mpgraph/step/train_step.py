@@ -27,7 +27,7 @@ from mpgraph.step.refusals import refuse_hooks, refuse_inference_mode, refuse_lo
 from mpgraph.step.report import StepReport
 from mpgraph.step.settings import StepSettings
 from mpgraph.step.sizes import Sizes
-from mpgraph.step.trace_gradients import Gradients
+from mpgraph.step.trace_gradients import Gradients, NeedsFixedSizes
 from mpgraph.step.window import Window
 from mpgraph.structure import Spec, count_leaves, flatten, unflatten
 
@@ -176,8 +176,17 @@ class TrainStep:
                 "precision holds, and the loss runs as it is written. You can remove the region."
             )
             with torch.autocast(state.settings.device, enabled=False):
-                return self._call(leaves, spec)
-        return self._call(leaves, spec)
+                return self._take(leaves, spec)
+        return self._take(leaves, spec)
+
+    def _take(self, leaves: list[Any], spec: Spec) -> Any:
+        try:
+            return self._call(leaves, spec)
+        except NeedsFixedSizes as error:
+            if not self._sizes.fix():
+                raise
+            self.settings.state.say(f"{error} Until then, every size of a batch is a capture.")
+            return self._call(leaves, spec)
 
     def _call(self, leaves: list[Any], spec: Spec) -> Any:
         captures, is_last = self._captures, self.window.ends

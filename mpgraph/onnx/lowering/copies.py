@@ -15,10 +15,15 @@ from mpgraph.onnx.lowering.row import Row
 aten = torch.ops.aten
 
 
-def _squeeze(x: Tensor, dims: Sequence[int]) -> Tensor:
-    axes = {d % x.dim() for d in dims if x.dim()}
+def _squeeze(x: Tensor, dims: Sequence[int] | None = None) -> Tensor:
+    axes = {d % x.dim() for d in (range(x.dim()) if dims is None else dims) if x.dim()}
     sizes = [n for i, n in enumerate(x.shape) if not (i in axes and n == 1)]
     return x.view(sizes)
+
+
+def _squeeze_one(x: Tensor, dim: int) -> Any:
+    # ONNX's Squeeze refuses an axis of another size, where torch leaves it.
+    return NotImplemented if x.dim() and x.shape[dim] == 1 else x.clone()
 
 
 def _empty_permuted(size: Sequence[int], physical: Any, **options: Any) -> Tensor:
@@ -67,7 +72,11 @@ ROWS = (
         (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default),
         lambda x, size, stride=None: _view(x, size), "a reshape", "torch.reshape",
     ),
-    Row((aten.squeeze.dims,), _squeeze, "a view without the axes of size 1", "torch.squeeze"),
+    Row(
+        (aten.squeeze.default, aten.squeeze.dims), _squeeze, "a view without the axes of size 1",
+        "torch.squeeze; a symbolic size is not 1",
+    ),
+    Row((aten.squeeze.dim,), _squeeze_one, "itself, if the axis has another size", "torch.squeeze"),
     Row(
         (aten.empty_permuted.default,), _empty_permuted, "zeros", "what it holds is not defined",
     ),
