@@ -46,14 +46,16 @@ def _has_projections(lstm: fx.Node) -> bool:
     return len(weights) != (4 if biases else 2) * layers * (1 + bidirectional)  # type: ignore
 
 
-def _has_no_heads(attention: fx.Node) -> bool:
-    return bool(attention.args[0].meta["val"].dim() != 4)  # type: ignore[union-attr]
+def _has_no_heads_or_is_turned(attention: fx.Node) -> bool:
+    scale: Any = attention.kwargs.get("scale")
+    is_turned = isinstance(scale, (int, float)) and scale < 0  # torchlib takes its square root
+    return is_turned or bool(attention.args[0].meta["val"].dim() != 4)  # type: ignore[union-attr]
 
 
 # What torchlib does not translate all calls of, and which calls it does not.
 _OPENED_IF: dict[Any, Callable[[fx.Node], bool]] = {
     aten.lstm.input: _has_projections,
-    aten.scaled_dot_product_attention.default: _has_no_heads,
+    aten.scaled_dot_product_attention.default: _has_no_heads_or_is_turned,
 }
 
 

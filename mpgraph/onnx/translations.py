@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from mpgraph.onnx.extra import library
 from mpgraph.onnx.lowering import ctc
 from mpgraph.onnx.scans import scan_of_ctc
 
 aten = torch.ops.aten
 Translation = Callable[..., Any]
+_ATTENTION = "onnxscript.function_libs.torch_lib.ops.nn"
 
 
 def translations(opset: int, known: Callable[[Any], Translation]) -> Mapping[Any, Translation]:
@@ -51,7 +53,9 @@ def translations(opset: int, known: Callable[[Any], Translation]) -> Mapping[Any
 
         return compute
 
-    attention = known(aten.scaled_dot_product_attention.default)
+    # Of opset 18 for all: onnxruntime's Attention of opset 23 takes no mask that is to be repeated,
+    # and yields zeros for a row that is masked by the least number, where torch has shares.
+    attention = library(_ATTENTION).aten_scaled_dot_product_attention
 
     def attend(q: Any, k: Any, v: Any, mask: Any = None, *rest: Any, **options: Any) -> Any:
         mask = options.pop("attn_mask", mask)

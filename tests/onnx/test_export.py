@@ -176,6 +176,50 @@ def test_rows_that_a_mask_leaves_nothing_of_are_zeros(tmp_path, mask, shape):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+ATTENTION = {
+    "a row masked by the least number": lambda q, k, v, seen: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=torch.zeros(2, 1, 3, 5).masked_fill(~seen, torch.finfo(q.dtype).min)
+    ),
+    "one mask for all queries": lambda q, k, v, seen: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen[:, :, 2:]
+    ),
+    "one head of keys": lambda q, k, v, seen: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1]),
+    "groups of one head": lambda q, k, v, seen: F.scaled_dot_product_attention(
+        q, k, v, enable_gqa=True
+    ),
+    "groups of two heads": lambda q, k, v, seen: F.scaled_dot_product_attention(
+        q, k[:, :2], v[:, :2], is_causal=True, enable_gqa=True
+    ),
+    "a scale below zero": lambda q, k, v, seen: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, scale=-0.5
+    ),
+}
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+def test_attention_is_torchs_at_every_opset(tmp_path, opset):
+    # onnxruntime's Attention, of opset 23, refuses three of these, and has zeros for the first.
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, q, k, v, seen):
+            return [attend(self.linear(q), k, v, seen) for attend in ATTENTION.values()]
+
+    model = Attention().eval()
+    q, k, v = torch.randn(2, 4, 3, 6), torch.randn(2, 4, 5, 6), torch.randn(2, 4, 5, 6)
+    seen = torch.rand(2, 1, 3, 5) > 0.4
+    seen[0, 0, 0], seen[1, 0, 1], seen[:, 0, 2, 0] = False, False, True
+    mpgraph.export_onnx(
+        model, tmp_path / "x.onnx", (q, k, v, seen), precision="fp32", opset=opset, dynamic=False
+    )
+    with torch.no_grad():
+        want = model(q, k, v, seen)
+    for name, x, y in zip(ATTENTION, run(tmp_path / "x.onnx", q, k, v, seen), want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_branches_are_lowered_too(tmp_path):
     # cdist has no translation of its own, and the other branch returns what it is given.
     class Branches(nn.Module):
