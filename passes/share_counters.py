@@ -73,4 +73,5 @@ def _frozen(value: Any) -> Any:
         return tuple(_frozen(v) for v in value)
     if isinstance(value, dict):
         return tuple((k, _frozen(v)) for k, v in value.items())
-    return (type(value), value) if isinstance(value, (int, float)) else value
+    # 0.0 and -0.0 are equal, and not the same; so are 1 and True.
+    return (type(value), repr(value)) if isinstance(value, (int, float)) else value

@@ -78,6 +78,7 @@ class _Repeated:
         taken: dict[Any, int] = {}
         if recorder.constant_farm is not self.constants:  # another graph has begun
             self.known, self.constants = {}, recorder.constant_farm
+        recorder.constant_farm = _Constants(recorder.constant_farm)
         key = _described(args, taken), _described(kwargs, taken)
         if (written := self.known.get(key)) is not None:
             return _copied(written, [*taken], recorder)
@@ -85,6 +86,23 @@ class _Repeated:
         if key not in self.known:
             self.known[key] = _to_repeat([*taken], recorder.nodes, returned)
         return returned
+
+
+class _Constants:
+    """The constants that a graph's nodes share, by number and dtype.
+
+    torch.onnx looks them up by equality, and would give 0.0 to a node that asks for -0.0.
+    """
+
+    def __init__(self, known: dict[Any, Any]) -> None:
+        self.known = known
+
+    def get(self, key: tuple[Any, Any]) -> Any:
+        """The constant, if it is there."""
+        return self.known.get((repr(key[0]), key[1]))
+
+    def __setitem__(self, key: tuple[Any, Any], constant: Any) -> None:
+        self.known[repr(key[0]), key[1]] = constant
 
 
 def _described(value: Any, taken: dict[Any, int]) -> Any:

@@ -16,6 +16,7 @@ from torch import fx
 
 from mpgraph import ir
 from mpgraph.errors import ExportError
+from mpgraph.onnx.equal_nodes import share_equal_nodes
 from mpgraph.onnx.extra import library
 from mpgraph.onnx.functional import drop_copies
 from mpgraph.onnx.lower import lower
@@ -169,7 +170,7 @@ def clean(model: Any, weights: Set[str]) -> None:
     )
     for clean_up in (
         passes.RemoveUnusedNodesPass(),
-        passes.CommonSubexpressionEliminationPass(),
+        share_equal_nodes,
         passes.RemoveUnusedNodesPass(),
         passes.RemoveUnusedFunctionsPass(),
         passes.RemoveUnusedOpsetsPass(),

@@ -83,6 +83,18 @@ def test_what_a_translation_looks_at_tells_nodes_apart() -> None:
     assert_runs(pairs, torch.randn(3, 3), torch.randn(3, 3))
 
 
+def test_a_zero_below_zero_stays_one() -> None:
+    # torch.onnx shares constants that are equal, onnx_ir shares nodes; as numbers, these are.
+    def zeros(x: Tensor) -> list[Tensor]:
+        found = [torch.nn.functional.leaky_relu(x, zero) for zero in (0.0, -0.0)]
+        found += [x * zero for zero in (0.0, -0.0)]
+        return [*found, *(torch.full_like(x, zero) for zero in (0.0, -0.0))]
+
+    x = torch.tensor([-1.5, 2.0])
+    for found, expected in zip(run(zeros, x), zeros(x), strict=True):
+        torch.testing.assert_close(1 / found, 1 / expected)
+
+
 def test_several_results_are_copied(names: dict[str, list[str]]) -> None:
     def halves(x: Tensor, y: Tensor) -> list[Tensor]:
         values = [*x.sort(), *y.sort(), *torch.topk(x, 2), *torch.topk(y, 2)]

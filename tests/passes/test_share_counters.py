@@ -63,3 +63,10 @@ def test_counters_that_change_differently_stay_apart() -> None:
     graph, results = graph_of((1.0, 2.0))
     assert share_counters(graph, CONTEXT) == 0
     assert graph.output_node().args[0] == tuple(results)
+
+
+def test_a_zero_below_zero_is_another_number() -> None:
+    """Though the two are equal."""
+    graph, results = graph_of((0.0, -0.0))
+    assert share_counters(graph, CONTEXT) == 0
+    assert graph.output_node().args[0] == tuple(results)
