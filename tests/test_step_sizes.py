@@ -128,6 +128,29 @@ def test_sizes_stay_symbolic_where_something_is_padded() -> None:
     assert not any("native_dropout" in str(node.target) for node in graph.nodes)
 
 
+class Products(nn.Module):
+    """Kinds of products whose kernels ask for the numbers of sizes, in one version or another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.pairs = nn.MultiheadAttention(4, 2), nn.Bilinear(4, 4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        last = torch.ones(x.shape[0], x.shape[0], dtype=torch.bool).triu(1)
+        x, _ = self.attention(x, x, x, attn_mask=last)
+        return (self.pairs(x, x) @ x.mT).mean()
+
+
+def test_sizes_stay_symbolic_in_products() -> None:
+    model = mpgraph.convert(Products(), "fp32")
+    leaves, spec = flatten(((torch.randn(5, 3, 4),), {}))
+    parameters = dict(model.named_parameters())
+    traced = trace_gradients(
+        model, nn.Module.__call__, parameters, leaves, spec, dynamic=[frozenset({1})]
+    )
+    assert traced.sizes.hold([torch.empty(5, 7, 4)])
+
+
 @pytest.mark.parametrize(("dynamic", "expected"), [(False, (4, 8)), (True, (None, None))])
 def test_all_or_nothing_can_be_asked_for(dynamic: bool, expected: Any) -> None:
     assert Sizes(dynamic).patterns("kind", tensors((4, 8))) == [expected]

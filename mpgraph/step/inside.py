@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
@@ -28,6 +27,7 @@ from mpgraph.places import is_users
 from mpgraph.specialisation import Specialisation
 from mpgraph.step.later_checks import LATER
 from mpgraph.step.loss import needs_a_value
+from mpgraph.step.other_kernels import has_other_kernel
 from mpgraph.step.taken_numbers import TAKING
 from mpgraph.structure import Spec, count_leaves, flatten, unflatten
 from mpgraph.tracing import tracing_step
@@ -193,19 +193,6 @@ class _Running(fx.Interpreter):
         return super().call_function(TRACEABLE.get(target, target), args, kwargs)
 
 
-# Running statistics are written by kernels whose schemas do not say so, and padding's kernel asks
-# for the numbers of symbolic sizes. What the Python dispatcher puts in their place does neither. It
-# is not on for others: it would draw dropout's numbers otherwise, and take resampling apart.
-_OTHER_KERNELS = frozenset(
-    {
-        torch.batch_norm, torch.instance_norm,
-        torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default,
-        F.pad, torch._C._nn.pad, torch.constant_pad_nd,
-        torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default,
-    }
-)  # fmt: skip
-
-
 # Printing and numpy, which fake tensors answer without a value, or with an error of their own.
 _LOOKS = frozenset(
     {
@@ -228,7 +215,7 @@ class _Lines(TorchFunctionMode):
             raise CaptureError(needs_a_value(user_line()))
         if func in TAKING and not isinstance(args[0], FakeTensor):
             self.inside.taken.append(args[0])
-        if func in _OTHER_KERNELS:
+        if has_other_kernel(func, args, kwargs):
             with enable_python_dispatcher():
                 result = func(*args, **kwargs)
         else:
