@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -149,6 +150,25 @@ def test_sizes_stay_symbolic_in_products() -> None:
         model, nn.Module.__call__, parameters, leaves, spec, dynamic=[frozenset({1})]
     )
     assert traced.sizes.hold([torch.empty(5, 7, 4)])
+
+
+def test_what_is_compiled_for_all_sizes_is_found_again_with_its_guards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor keeps it on disk; the next process takes it from there."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    asked = []
+    for _ in range(2):
+        model = nn.Linear(4, 4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = mpgraph.TrainStep(
+            model, optimizer, lambda m, x: m(x).square().mean(), precision="fp32", dynamic=True
+        )
+        step(torch.ones(3, 5, 4))
+        (traced,) = step._captures.gradients.values()
+        asked.append({str(guard.expr) for guard in traced.mode.shape_env.guards})
+    assert asked[0] == asked[1]
+    assert any("s" in guard.replace("zf", "") for guard in asked[0])
 
 
 @pytest.mark.parametrize(("dynamic", "expected"), [(False, (4, 8)), (True, (None, None))])

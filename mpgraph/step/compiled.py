@@ -109,7 +109,7 @@ class Halves:
         """One step, with these values of its inputs."""
         found: list[Any] = [None] * self._count
         kept: dict[str, Any] = {}
-        returned = self._first([values[i] for _, i in self.forward.sources])
+        returned = self._first([self._argument(s, values, kept) for s in self.forward.sources])
         for (kind, name), value in zip(self.forward.results, returned, strict=True):
             if kind == "output":
                 found[name] = value
@@ -128,6 +128,9 @@ class Halves:
         kind, name = source
         if kind == "input":
             return values[name]
+        if kind == "size":
+            index, dim = name
+            return values[index].shape[dim]
         return kept.pop(name) if kind == "kept" else self._seed
 
 

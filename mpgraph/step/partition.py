@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -33,8 +33,9 @@ class Half:
 
     Attributes:
         graph_module: Takes one value per source; writes to some of them.
-        sources: Where each input comes from: ("input", i) of the whole, ("kept", name) by the
-            forward half, or ("seed", None), the gradient of the loss.
+        sources: Where each input comes from: ("input", i) of the whole, ("size", (i, dim)) of one
+            of these, ("kept", name) by the forward half, or ("seed", None), the gradient of the
+            loss.
         results: What each output is: ("output", i) of the whole, or ("kept", name).
     """
 
@@ -93,6 +94,8 @@ def cut(gm: fx.GraphModule, mode: FakeTensorMode, static: Sequence[int]) -> tupl
     forward = _half(first, [*(names[i] for i in order[:count]), *kept], places)
     backward = _half(second, [names[i] for i in order[count:]], places)
     _only_needed(forward, backward)
+    for half in (forward, backward):
+        _take_sizes(half, examples)
     return forward, backward
 
 
@@ -224,3 +227,37 @@ def _only_needed(forward: Half, backward: Half) -> None:
     forward.results = [source for source, _ in pairs]
     output.args = (tuple(value for _, value in pairs),)
     forward.graph_module.recompile()
+
+
+def _take_sizes(half: Half, examples: Sequence[Any]) -> None:
+    """Let a half take the symbolic sizes that it computes with, as AOTAutograd's do.
+
+    By these inputs Inductor's cache on disk finds and checks what a half holds for.
+    """
+    graph = half.graph_module.graph
+    symbols = set().union(*map(_symbols, half.values))
+    symbols.difference_update(_expression(value) for value in half.values)
+    first, sources = next(iter(graph.nodes)), []
+    for (index, dim), size in _sizes(examples):
+        if _expression(size) in symbols:
+            symbols.remove(_expression(size))
+            with graph.inserting_before(first):
+                graph.placeholder(f"size_{index}_{dim}").meta["val"] = size
+            sources.append(("size", (index, dim)))
+    half.sources[:0] = sources
+    half.graph_module.recompile()
+
+
+def _sizes(values: Sequence[Any]) -> Iterator[tuple[tuple[int, int], Any]]:
+    for index, value in enumerate(values):
+        if isinstance(value, torch.Tensor):
+            yield from (((index, dim), size) for dim, size in enumerate(value.shape))
+
+
+def _symbols(value: Any) -> set[Any]:
+    parts = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
+    return {s for n in parts if isinstance(n, torch.SymInt) for s in n.node.expr.free_symbols}
+
+
+def _expression(value: Any) -> Any:
+    return value.node.expr if isinstance(value, torch.SymInt) else None
