@@ -242,6 +242,10 @@ def test_writes_become_results() -> None:
     torch.testing.assert_close((new_mean, new_var), (mean, var))
 
 
+@pytest.mark.skipif(
+    not hasattr(F, "linear_cross_entropy"),
+    reason="the table is that of torch 2.13, whose linear_cross_entropy this torch lacks",
+)
 def test_the_table_of_operators_is_that_of_the_survey() -> None:
     """``python -m tests.onnx.operator_table`` writes it."""
     assert operator_table.FILE.read_text(encoding="utf-8") == operator_table.text()
