@@ -93,7 +93,7 @@ def _translated(gm: fx.GraphModule, state: State, opset: int) -> Any:
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(_why(described, error)) from error
     _tell_origins(made.model)  # first: the nodes of another version know it from these
-    if made.model.opset_imports[""] == opset:
+    if made.model.opset_imports.get("") == opset:
         return made.model
     return vars(_core)["onnxscript_apis"].convert_version(made.model, opset)
 
