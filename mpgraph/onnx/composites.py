@@ -19,6 +19,11 @@ from mpgraph.onnx.registry import registry
 
 aten = torch.ops.aten
 
+_ARITHMETIC = aten.divide, aten.true_divide, aten.multiply, aten.subtract
+_ALIASES = (
+    *(packet.Tensor for packet in _ARITHMETIC), *(packet.Scalar for packet in _ARITHMETIC),
+    aten.greater.Tensor, aten.greater_equal.Tensor, aten.less.Tensor, aten.less_equal.Tensor,
+)  # fmt: skip
 # Composite operators that torchlib translates to something else, and to what.
 OPENED: dict[Any, str] = {
     aten.conv3d.default: "takes a number for the bias where there is none",
@@ -26,6 +31,7 @@ OPENED: dict[Any, str] = {
     aten.nll_loss.default: "takes no size for ignore_index",
     aten.embedding_bag.default: "loops over the bags",
     aten.embedding_bag.padding_idx: "loops over the bags",
+    **dict.fromkeys(_ALIASES, "an operator that takes operands of one dtype alone"),
 }
 
 
@@ -52,8 +58,27 @@ def _has_no_heads_or_is_turned(attention: fx.Node) -> bool:
     return is_turned or bool(attention.args[0].meta["val"].dim() != 4)  # type: ignore[union-attr]
 
 
+def _has_exact_sizes(resize: fx.Node) -> bool:
+    """Whether factors give whole sizes; onnxruntime multiplies in fp32 and would round down.
+
+    Opened, a call has the sizes themselves. They would not do if a factor and a size disagree.
+    """
+    x, size, *_, factors = resize.args
+    if size is not None or not isinstance(factors, (list, tuple)):
+        return False
+    sizes = x.meta["val"].shape[2:]  # type: ignore[union-attr]
+    pairs: Any = [*zip(sizes, factors, strict=True)]
+    return all(isinstance(n, int) and (n * factor).is_integer() for n, factor in pairs)
+
+
+_RESIZES = (
+    aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_trilinear3d.vec,
+    aten.upsample_bicubic2d.vec, aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec,
+    aten.upsample_nearest3d.vec,
+)  # fmt: skip
 # What torchlib does not translate all calls of, and which calls it does not.
 _OPENED_IF: dict[Any, Callable[[fx.Node], bool]] = {
+    **dict.fromkeys(_RESIZES, _has_exact_sizes),
     aten.lstm.input: _has_projections,
     aten.scaled_dot_product_attention.default: _has_no_heads_or_is_turned,
 }
@@ -78,7 +103,8 @@ def _opened(opset: int) -> dict[Any, Callable[..., Any]]:
         for target in torch.export.default_decompositions()
         if isinstance(target, torch._ops.OpOverload) and target._can_decompose()
     ]
-    return {target: _composite(target) for target in composite if not _is_known(target, opset)}
+    made = {target: _composite(target) for target in composite if not _is_known(target, opset)}
+    return {**made, **ANTIALIASED}
 
 
 def _composite(target: Any) -> Callable[..., Any]:
@@ -87,6 +113,24 @@ def _composite(target: Any) -> Callable[..., Any]:
         return target._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
 
     return run
+
+
+def _antialiased(resize: Any) -> Callable[..., Any]:
+    """As torch's own, which asks for the numbers of sizes."""
+
+    def run(x: Tensor, size: Any, align: bool, factors: Any = None) -> Any:
+        if size is None:
+            size = [torch.sym_int(n * f) for n, f in zip(x.shape[2:], factors, strict=True)]
+        return resize(x, size, align, *(factors or ()))
+
+    return run
+
+
+# By operator: what torch's own does with numbers alone, for symbolic sizes too.
+ANTIALIASED: dict[Any, Callable[..., Any]] = {
+    aten._upsample_bilinear2d_aa.vec: _antialiased(aten._upsample_bilinear2d_aa.default),
+    aten._upsample_bicubic2d_aa.vec: _antialiased(aten._upsample_bicubic2d_aa.default),
+}
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

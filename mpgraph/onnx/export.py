@@ -155,6 +155,7 @@ def _lower(graph: Inference, target: Target, state: State) -> tuple[fx.GraphModu
     context = TargetContext(settings.policy, settings.precision.compute, target=target)
     run_passes(gm, [legalize], context)
     made = translate(gm, graph.inputs, graph.outputs, opset=target.opset, state=values)
+    graph.notes += graph.fixed_sizes()
     name_axes(made, axis_names(gm, graph.inputs, graph.axes, values))
     name_nodes(made)
     return gm, values, made

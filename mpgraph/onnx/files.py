@@ -70,5 +70,5 @@ def check(file: Path) -> None:
         onnx.checker.check_model(str(file), full_check=True)
     except Exception as error:
         raise ExportError(
-            f"onnx.checker refuses the file: {error}. Nothing was written. Please report this."
+            f"onnx.checker refuses {file.name}: {error}. Nothing was written. Please report this."
         ) from error

@@ -38,6 +38,7 @@ class Inference:
         outputs: The name of each output.
         axes: For each input, the names of dimensions that may vary, as the caller gave them.
         notes: What the file does not hold, for people.
+        dims: Per argument of the call, the dimensions that are to vary.
     """
 
     gm: fx.GraphModule
@@ -47,6 +48,11 @@ class Inference:
     outputs: list[str]
     axes: Mapping[str, Mapping[int, str]]
     notes: list[str]
+    dims: Sequence[frozenset[int]]
+
+    def fixed_sizes(self) -> list[str]:
+        """Sizes that were to vary, and do not: capture has fixed them, or a pass after it."""
+        return [*_fixed_sizes(self.gm, self.dims)]
 
     def move_to_cpu(self) -> None:
         """Let the graph and everything that it reads lie on the CPU: a file has no devices."""
@@ -80,7 +86,6 @@ def capture_inference(
         f"the file does not do what forward assigns to {_path(a)}" for a in captured.assignments
     ]
     gm = captured.graph_module
-    notes += _fixed_sizes(gm, dims)
     outputs, left_out = _keep_tensors(gm, outputs, captured.output)
     notes += left_out
     _drop_gradients(gm)
@@ -94,12 +99,11 @@ def capture_inference(
     }
     return Inference(
         gm, state_of_graph, [leaves[i] for i in places], [names[i] for i in places], outputs,
-        axes, notes,
+        axes, notes, dims,
     )  # fmt: skip
 
 
 def _fixed_sizes(gm: fx.GraphModule, dims: Sequence[frozenset[int]]) -> Iterator[str]:
-    """Sizes that were to vary, and do not."""
     for node in gm.graph.find_nodes(op="placeholder"):
         slot = node.meta["slot"]
         for dim in sorted(dims[slot.index]) if slot.kind == "input" else ():

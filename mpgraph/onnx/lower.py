@@ -227,8 +227,10 @@ def _taken_apart(node: fx.Node, inputs: list[fx.Node], opset: int) -> _Parts | N
 def _opened(node: fx.Node, alone: fx.GraphModule, table: Any) -> fx.GraphModule:
     try:
         return retrace(alone, decompositions=table)
-    except ExportError as error:
+    except Exception as error:
         reason = str(error).partition("\n\nWhile executing")[0]
+        if not isinstance(error, ExportError):  # a call that neither a row nor torch has met
+            reason = f"an operator cannot be taken apart ({type(error).__name__}: {reason}):"
         raise ExportError(f"{reason}\n{describe_node(node)}") from error
 
 

@@ -14,17 +14,20 @@ from mpgraph.onnx.translate import LINE, MODULE, all_values
 
 
 def name_axes(model: Any, names: Mapping[str, str]) -> None:
-    """Give symbolic dimensions readable names, in expressions too: ``2*batch``."""
-    onnx_ir = library("onnx_ir")
+    """Give symbolic dimensions readable names, in expressions too: ``2*batch``.
 
-    if not names:
-        return
+    A symbol that tracing has made a number of is one: as a name, "2" would take any size.
+    """
+    onnx_ir = library("onnx_ir")
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
 
     def renamed(size: Any) -> Any:
         # An unknown size stays unknown: as a name, "None" would say that all of them are equal.
         text = getattr(size, "value", None)
-        return pattern.sub(lambda m: names[m[1]], text) if isinstance(text, str) else size
+        if not isinstance(text, str):
+            return size
+        named = pattern.sub(lambda m: names[m[1]], text) if names else text
+        return int(named) if named.isdigit() else named
 
     for value in all_values(model):
         if value.shape is not None:

@@ -13,6 +13,7 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from mpgraph.onnx.chunk_updates import chunk_updates
 from mpgraph.onnx.extra import library
+from mpgraph.onnx.files import check
 from mpgraph.onnx.forward_trace import answers, evaluation
 from mpgraph.onnx.in_place import in_place
 from mpgraph.onnx.naming import name_axes
@@ -150,13 +151,12 @@ def _write(
     target: Target,
 ) -> list[str]:
     """Write every file but the manifest; their names."""
-    import onnx
     import onnx_ir
 
     for name, model in models.items():
         model.ir_version = IR_VERSION
         onnx_ir.save(model, str(path / name))
-        onnx.checker.check_model(str(path / name), full_check=True)
+        check(path / name)
     write_rounding(path / files.ROUNDING, target.opset)
     state, frozen = _names(graphs)
     write_tensors(path / files.STATE, {name: values[name] for name in state})

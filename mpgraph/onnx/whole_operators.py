@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpgraph.onnx.composites import ANTIALIASED
 from mpgraph.onnx.lowering.linear_algebra import determinant, log_determinant
 from mpgraph.python_kernels import PythonKernels
 
@@ -38,6 +39,7 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     aten._linalg_slogdet.default: log_determinant,
     # Its own backward writes the example's size into the graph.
     aten.trace.default: lambda x: x.diagonal().sum(),
+    **ANTIALIASED,
 }
 
 # What is traced without a kernel for fake values: (log_probs, targets, ...) to what it yields.

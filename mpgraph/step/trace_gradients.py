@@ -301,7 +301,7 @@ def _traced(trace: _Trace, fakes: Sequence[Any]) -> fx.GraphModule:
 
 
 # "Cannot call sizes() on tensor with symbolic sizes/strides", "expected int …, but got: SymInt".
-_REFUSES_SYMBOLS = re.compile(r"symbolic sizes|\bSymInt\b")
+_REFUSES_SYMBOLS = re.compile(r"symbolic sizes|\bSymInt\b|INTERNAL ASSERT")
 
 
 @contextlib.contextmanager

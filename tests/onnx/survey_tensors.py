@@ -107,6 +107,7 @@ ROWS: tuple[Row, ...] = (
     row("vander", lambda x: torch.linalg.vander(x, N=4), ((3,),), widened=True),
     row("cosine_similarity of rows", lambda a, b: torch.cosine_similarity(a[:, None], b[None], dim=-1), ((3, 4), (5, 4))),
     row("cdist 1", lambda a, b: torch.cdist(a, b, p=1.0), ((2, 3, 4), (2, 5, 4))),
+    row("cdist 0", lambda a, b: torch.cdist(a, b, p=0.0), ((2, 3, 4), (2, 5, 4))),
     row("cdist large", lambda a, b: torch.cdist(a, b), ((26, 4), (27, 4))),
     row("triu of batches", lambda x: x.triu(-1), ((2, 4, 5),)),
     row("tril_indices", lambda x: x[torch.tril_indices(4, 4).unbind()], ((4, 4),)),

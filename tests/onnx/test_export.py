@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mpgraph
 from mpgraph.onnx import self_check
+from mpgraph.onnx.naming import name_axes
 from tests.onnx.models import MLP, MODELS, ConvNet, Recurrent, language_model
 
 onnx = pytest.importorskip("onnx")
@@ -431,6 +432,31 @@ def test_a_size_that_the_model_fixes_is_noted(tmp_path):
     )
     report = mpgraph.export_onnx(MLP(), path, torch.randn(1, 8), precision="bf16")
     assert "give an example with a larger one" in report.notes[-1]
+
+
+def test_a_symbol_that_has_become_a_number_is_one_in_the_file():
+    """As a name, "2" would take any size."""
+    ir = pytest.importorskip("onnx_ir")
+    x = ir.Value(name="x", shape=ir.Shape(["2", "s0", "2*s0", None, 3]))
+    model = ir.Model(ir.Graph([x], [], nodes=[], opset_imports={"": 18}), ir_version=10)
+    name_axes(model, {"s0": "batch"})
+    assert [getattr(n, "value", n) for n in x.shape] == [2, "batch", "2*batch", None, 3]
+    name_axes(model, {})
+    assert x.shape[0] == 2
+
+
+def test_a_file_without_operators_is_a_file(tmp_path):
+    class Turns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unread = nn.Linear(1, 1)
+
+        def forward(self, x):
+            return x.t()
+
+    path, x = tmp_path / "x.onnx", torch.randn(3)
+    mpgraph.export_onnx(Turns(), path, x, precision="bf16")
+    assert torch.equal(run(path, x)[0], x)
 
 
 def test_what_forward_writes_beside_its_result_is_noted(tmp_path):

@@ -30,6 +30,10 @@ def _empty_permuted(size: Sequence[int], physical: Any, **options: Any) -> Tenso
     return torch.zeros(size, dtype=options.get("dtype"), device=options.get("device"))
 
 
+def _zeros(size: Sequence[int], **options: Any) -> Tensor:
+    return torch.zeros(size, dtype=options.get("dtype"))
+
+
 def _as_strided(
     x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None
 ) -> Tensor:
@@ -79,6 +83,10 @@ ROWS = (
     Row((aten.squeeze.dim,), _squeeze_one, "itself, if the axis has another size", "torch.squeeze"),
     Row(
         (aten.empty_permuted.default,), _empty_permuted, "zeros", "what it holds is not defined",
+    ),
+    Row(
+        (aten._efficientzerotensor.default,), _zeros, "zeros",
+        "the gradient of a constant, of which torch stores nothing",
     ),
     Row(
         (aten.new_empty_strided.default,), _new_empty_strided, "zeros",

@@ -41,6 +41,27 @@ def _of_pictures(resize: Any) -> Matrix:
     return matrix
 
 
+_bilinear_aa = _of_pictures(aten._upsample_bilinear2d_aa)
+_bicubic_aa = _of_pictures(aten._upsample_bicubic2d_aa)
+
+
+def _forward(matrix: Matrix) -> Callable[..., Any]:
+    """What onnxruntime's Resize with antialiasing is not exact in: aligned corners, odd factors."""
+
+    def forward(x: Tensor, output_size: Sequence[int], align: bool, *scales: Any) -> Any:
+        axes = [*zip((2, 3), output_size, scales or (None, None), strict=True)]
+        exact = all(scale is None or x.shape[place] * scale == out for place, out, scale in axes)
+        if exact and not align:
+            return NotImplemented
+        for place, out, scale in axes:
+            with _disable_current_modes():
+                weights = matrix(x.shape[place], out, align, scale).to(x.dtype)
+            x = (x.transpose(-1, place) @ weights).transpose(-1, place)
+        return x
+
+    return forward
+
+
 def _backward(matrix: Matrix, *, aligns: bool) -> Callable[..., Tensor]:
     def backward(
         grad: Tensor, output_size: Sequence[int], input_size: Sequence[int], *rest: Any
@@ -68,6 +89,8 @@ def _row(matrix: Matrix, *targets: Any, aligns: bool = True) -> Row:
 
 
 ROWS = (
+    Row((aten._upsample_bilinear2d_aa.default,), _forward(_bilinear_aa), _FORMULA, _SOURCE),
+    Row((aten._upsample_bicubic2d_aa.default,), _forward(_bicubic_aa), _FORMULA, _SOURCE),
     _row(
         _linear,
         aten.upsample_linear1d_backward.default,
@@ -75,8 +98,8 @@ ROWS = (
         aten.upsample_trilinear3d_backward.default,
     ),
     _row(_of_pictures(aten.upsample_bicubic2d), aten.upsample_bicubic2d_backward.default),
-    _row(_of_pictures(aten._upsample_bilinear2d_aa), aten._upsample_bilinear2d_aa_backward.default),
-    _row(_of_pictures(aten._upsample_bicubic2d_aa), aten._upsample_bicubic2d_aa_backward.default),
+    _row(_bilinear_aa, aten._upsample_bilinear2d_aa_backward.default),
+    _row(_bicubic_aa, aten._upsample_bicubic2d_aa_backward.default),
     _row(
         _nearest,
         aten.upsample_nearest1d_backward.default,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -85,11 +86,25 @@ def _extreme(choose: Any) -> Any:
     return extreme
 
 
+def _over_all(extreme: Callable[..., Any]) -> Callable[..., Any]:
+    """Of all axes, where none is named: torchlib takes that for a missing argument."""
+
+    def over(x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
+        if not x.dim():
+            return x.clone()
+        return NotImplemented if len(dim) else extreme(x, [*range(x.dim())], keepdim)
+
+    return over
+
+
+_ALL_AXES = "of all axes, where none is named"
 _TOP = "the last of the k smallest"
 _SORT = "aten/src/ATen/native/Sorting.cpp; of several equal values, any one may be meant"
 
 ROWS = (
     Row((aten.max.dim,), _largest, "of integers, for truth values", "ONNX has no ArgMax of bool"),
+    Row((aten.amax.default,), _over_all(aten.amax), _ALL_AXES, "torch.amax"),
+    Row((aten.amin.default,), _over_all(aten.amin), _ALL_AXES, "torch.amin"),
     Row((aten.kthvalue.default,), _kthvalue, _TOP, _SORT),
     Row((aten.median.dim,), _median, _TOP + ", k = (n + 1) // 2", _SORT),
     Row((aten.median.default,), _median_of_all, _TOP + ", k = (n + 1) // 2", _SORT),

@@ -56,7 +56,9 @@ def _cdist_backward(grad: Tensor, x: Tensor, y: Tensor, p: float, distance: Tens
 
 def _shares(apart: Tensor, found: Tensor, p: float) -> Tensor:
     """How a norm changes with each difference."""
-    if p == 1:
+    if p == 0:  # how many differ
+        share = torch.zeros_like(apart)
+    elif p == 1:
         share = apart.sign()
     elif p == float("inf"):
         share = apart.sign() * (apart.abs() == found)

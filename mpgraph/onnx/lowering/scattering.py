@@ -128,6 +128,15 @@ def _as_updates(values: Tensor, dims: Sequence[int], rank: int, shape: Sequence[
     return values.expand(list(shape))
 
 
+_REDUCTIONS = {"add": "sum", "multiply": "prod"}
+
+
+def _scatter(x: Tensor, dim: int, index: Tensor, source: Any, *, reduce: str) -> Tensor:
+    if not isinstance(source, Tensor):
+        source = torch.full_like(index, source, dtype=x.dtype)
+    return x.scatter_reduce(dim, index, source, _REDUCTIONS[reduce])
+
+
 def _searchsorted(
     rows: Tensor,
     values: Tensor,
@@ -172,6 +181,10 @@ ROWS = (
     Row(
         (aten.scatter_reduce.two,), _scatter_reduce, "mean: scatter-add, / scatter-add of ones",
         "torch.scatter_reduce; torchlib translates mean to a scatter without a reduction",
+    ),
+    Row(
+        (aten.scatter.reduce, aten.scatter.value_reduce), _scatter, "scatter_reduce",
+        "torch.Tensor.scatter_",
     ),
     Row(
         (aten.index_reduce.default,), _index_reduce, "scatter_reduce", "torch.index_reduce",
