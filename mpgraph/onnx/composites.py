@@ -120,7 +120,8 @@ def _antialiased(resize: Any) -> Callable[..., Any]:
 
     def run(x: Tensor, size: Any, align: bool, factors: Any = None) -> Any:
         if size is None:
-            size = [torch.sym_int(n * f) for n, f in zip(x.shape[2:], factors, strict=True)]
+            sym_int: Any = torch.sym_int
+            size = [sym_int(n * f) for n, f in zip(x.shape[2:], factors, strict=True)]
         return resize(x, size, align, *(factors or ()))
 
     return run
