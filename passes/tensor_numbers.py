@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -150,8 +151,16 @@ class _Editor:
             for n in self.node.all_input_nodes
             if (d := ir.dtype_of(n)) is not None and n not in self.numbers
         ]
-        dtype = dtypes[0] if dtypes else torch.float32
+        dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
         return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+    def wide(self, value: Any) -> Any:
+        """A number or a tensor; 16 bit as fp32, in which kernels compute what they round once."""
+        if not isinstance(value, fx.Node) or value in self.numbers:
+            return self.number(value)
+        if ir.dtype_of(value) not in (torch.bfloat16, torch.float16):
+            return value
+        return self.call(aten._to_copy.default, value, dtype=torch.float32)
 
     def operator(self) -> fx.Node:
         """The operator with tensors in place of numbers."""
@@ -160,7 +169,8 @@ class _Editor:
             raise CaptureError(
                 f"the optimizer's update calls {ir.operator_name(self.node)} with a number that "
                 "changes from step to step, and mpgraph knows no form of it that takes a tensor. "
-                "TrainStep(..., compile=False) runs it; please report the optimizer."
+                "TrainStep(..., compile=False) trains with it, but is not exported either; please "
+                "report the optimizer."
             )
         made = rewrite(self, *self.node.args, **self.node.kwargs)
         value = self.node.meta["val"]
@@ -180,7 +190,8 @@ def _sum(target: OpOverload) -> Callable[..., fx.Node]:
     def rewrite(edit: _Editor, a: Any, b: Any, alpha: Any = 1) -> fx.Node:
         alpha = edit.number(alpha)
         if isinstance(alpha, fx.Node):
-            return edit.call(target, a, edit.call(aten.mul.Tensor, edit.number(b), alpha))
+            product = edit.call(aten.mul.Tensor, edit.wide(b), alpha)
+            return edit.call(target, edit.wide(a), product)
         return edit.call(target, a, edit.number(b), alpha=alpha)
 
     return rewrite
@@ -188,8 +199,21 @@ def _sum(target: OpOverload) -> Callable[..., fx.Node]:
 
 def _fused(inner: OpOverload) -> Callable[..., fx.Node]:
     def rewrite(edit: _Editor, a: Any, b: Any, c: Any, value: Any = 1) -> fx.Node:
-        product = edit.call(aten.mul.Tensor, edit.number(value), b)
-        return edit.call(aten.add.Tensor, a, edit.call(inner, product, c))
+        product = edit.call(aten.mul.Tensor, edit.number(value), edit.wide(b))
+        return edit.call(aten.add.Tensor, edit.wide(a), edit.call(inner, product, edit.wide(c)))
+
+    return rewrite
+
+
+def _product_sum(product: OpOverload) -> Callable[..., fx.Node]:
+    """``beta * a + alpha * (b @ c)``: rounded once, at its end, as the kernel does in 16 bit."""
+
+    def rewrite(edit: _Editor, a: Any, b: Any, c: Any, beta: Any = 1, alpha: Any = 1) -> fx.Node:
+        found = edit.call(product, edit.wide(b), edit.wide(c))
+        scaled = edit.call(aten.mul.Tensor, edit.wide(a), edit.number(beta))
+        return edit.call(
+            aten.add.Tensor, scaled, edit.call(aten.mul.Tensor, found, edit.number(alpha))
+        )
 
     return rewrite
 
@@ -203,7 +227,7 @@ def _itself(edit: _Editor, value: Any, **_: Any) -> fx.Node:
 
 
 def _lerp(edit: _Editor, a: Any, b: Any, weight: Any) -> fx.Node:
-    return edit.call(aten.lerp.Tensor, a, b, edit.number(weight))
+    return edit.call(aten.lerp.Tensor, edit.wide(a), edit.wide(b), edit.number(weight))
 
 
 def _clamp(edit: _Editor, a: fx.Node, low: Any = None, high: Any = None, **bounds: Any) -> fx.Node:
@@ -218,6 +242,7 @@ def _clamp(edit: _Editor, a: fx.Node, low: Any = None, high: Any = None, **bound
 
 
 def _reversed_sub(edit: _Editor, a: Any, b: Any, alpha: Any = 1) -> fx.Node:
+    a = edit.wide(a)
     product = edit.call(aten.mul.Tensor, a, edit.number(alpha)) if alpha != 1 else a
     return edit.call(aten.sub.Tensor, edit.number(b), product)
 
@@ -236,6 +261,8 @@ _REWRITES: dict[Any, Callable[..., fx.Node]] = {
     aten.pow.Scalar: _power,
     aten.addcmul.default: _fused(aten.mul.Tensor),
     aten.addcdiv.default: _fused(aten.div.Tensor),
+    aten.addmm.default: _product_sum(aten.mm.default),
+    aten.baddbmm.default: _product_sum(aten.bmm.default),
     aten.scalar_tensor.default: _itself,
     aten.lerp.Scalar: _lerp,
     aten.clamp.default: _clamp,

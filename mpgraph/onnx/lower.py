@@ -28,6 +28,7 @@ from mpgraph.onnx.lowering.constants import FIX_SIZES
 from mpgraph.onnx.program import describe_node
 
 Kind = tuple[Any, ...]
+_SIZE, _STRIDE = torch.ops.aten.sym_size.int, torch.ops.aten.sym_stride.int
 
 
 def lower(gm: fx.GraphModule, opset: int = 18) -> fx.GraphModule:
@@ -141,11 +142,43 @@ class _Lowering:
         expression = size.node.expr if isinstance(size, torch.SymInt) else None
         if expression in self.sizes:
             return self.sizes[expression]
+        if node.target is _STRIDE and (product := self._product(expression)) is not None:
+            return product
         copy = self.graph.node_copy(node, value_of)
         copy.meta = meta
         if expression is not None:
             self.sizes[expression] = copy
         return copy
+
+    def _product(self, expression: Any) -> fx.Node | None:
+        """A size as a product of sizes of inputs; None where it is none.
+
+        A graph of ONNX has no strides; torch's traces take one for a size that it is equal to.
+        """
+        count, factors = expression.as_coeff_mul()
+        found = [self._size(factor) for factor in factors]
+        if not count.is_Integer or None in found:
+            return None
+        made: Any = int(count)
+        for node in found:
+            value = (made.meta["val"] if isinstance(made, fx.Node) else made) * node.meta["val"]  # type: ignore[union-attr]
+            made = self.graph.call_function(operator.mul, (node, made))
+            made.meta = {"val": value}
+        self.sizes[expression] = made
+        return made  # type: ignore[no-any-return]
+
+    def _size(self, expression: Any) -> fx.Node | None:
+        """A node that yields this size; None where no input has it."""
+        if expression in self.sizes:
+            return self.sizes[expression]
+        for place in self.old.graph.find_nodes(op="placeholder"):
+            for dim, size in enumerate(getattr(place.meta["val"], "shape", ())):
+                if isinstance(size, torch.SymInt) and size.node.expr == expression:
+                    made = self.graph.call_function(_SIZE, (self.values[place], dim))
+                    made.meta = {"val": size}
+                    self.sizes[expression] = made
+                    return made
+        return None
 
     def _held(self, value: Any, meta: Mapping[str, Any]) -> fx.Node:
         """A tensor, or the graph of a branch."""
@@ -264,6 +297,8 @@ def _alone(node: fx.Node, inputs: list[fx.Node]) -> fx.GraphModule:
         here[read] = graph.placeholder(f"input_{index}")
         here[read].meta["val"] = read.meta["val"]
     copy = graph.node_copy(node, here.__getitem__)
+    if node.target in _OFFSETS:
+        _count_from_input(copy, inputs[0].meta["val"])
     value = node.meta["val"]
     leaves: Any = (copy,)
     if isinstance(value, (tuple, list)):
@@ -272,3 +307,19 @@ def _alone(node: fx.Node, inputs: list[fx.Node]) -> fx.GraphModule:
             leaf.meta["val"] = part
     graph.output(leaves)
     return _make_graph_module({}, graph)
+
+
+# The place of the offset, which counts from where the memory of the first argument starts.
+_OFFSETS: dict[Any, int] = {
+    torch.ops.aten.as_strided.default: 3,
+    torch.ops.aten.as_strided_scatter.default: 4,
+}
+
+
+def _count_from_input(node: fx.Node, value: torch.Tensor) -> None:
+    """Have an offset count from the first element of a tensor, which is alone in the new graph."""
+    place = _OFFSETS[node.target]
+    offset = [*node.args[place:], node.kwargs.get("storage_offset")][0]
+    if offset is not None:
+        node.args = (*node.args[:place], offset - value.storage_offset())
+        node.kwargs = {}

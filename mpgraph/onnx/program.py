@@ -82,14 +82,13 @@ def _input_spec(node: fx.Node, state: State, is_constant: bool) -> InputSpec:
 def _lift(gm: fx.GraphModule) -> dict[fx.Node, torch.Tensor]:
     """Make inputs of the tensors that a graph holds; their values."""
     places: dict[str, fx.Node] = {}
-    first = next(iter(gm.graph.nodes))
     for node in list(gm.graph.find_nodes(op="get_attr")):
         name = str(node.target)
         tensor = getattr(gm, name)
         if not isinstance(tensor, torch.Tensor):
             continue
         if name not in places:
-            with gm.graph.inserting_before(first):
+            with gm.graph.inserting_before():  # all others: the first node may be one of these
                 places[name] = gm.graph.placeholder(name)
             places[name].meta = {"val": tensor, **node.meta}
         node.replace_all_uses_with(places[name])

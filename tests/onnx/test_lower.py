@@ -73,6 +73,16 @@ def test_a_kind_of_node_is_taken_apart_once(monkeypatch):
     assert len(asked) < len(gm.graph.nodes)
 
 
+def test_a_stride_is_written_as_a_product_of_sizes():
+    # In the trace of an LSTM, the stride of its first state stands for an equal number of rows.
+    x = torch.randn(2, 3, 5)
+    gm = traced(lambda x: x.reshape(2, -1)[0].new_ones(2 * x.stride(0)), x, dynamic=True)
+    assert counts(gm)["aten.sym_stride.int"]
+    lowered = lowering.lower(gm)
+    assert not counts(lowered)["aten.sym_stride.int"]
+    assert lowered(torch.randn(2, 7, 3))[0].shape == (42,)
+
+
 def test_numbers_and_layouts_tell_kinds_apart():
     def kinds(function, *values):
         nodes = traced(function, *values).graph.nodes

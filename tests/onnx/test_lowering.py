@@ -20,7 +20,10 @@ ROWS = tuple(row for rows in operator_table.PARTS.values() for row in rows)
 # Of the largest element: fp32 adds up in another order; 16 bit, two units of the dtype.
 LIMITS = {torch.float32: 1e-5, torch.float16: 2 * 2.0**-10, torch.bfloat16: 2 * 2.0**-7}
 FEW = ("conv", "max_pool", "softmax", "layer_norm", "cross_entropy", "sdpa causal", "index_put")
-RESIZED = ("interpolate bilinear", "group_norm", "multi_margin", "ctc of lengths in the batch")
+RESIZED = (
+    "interpolate bilinear", "group_norm", "multi_margin", "ctc of lengths in the batch",
+    "adaptive_avg_pool of channels last", "as_strided turned",
+)  # fmt: skip
 # torch refuses them in 16 bit under torch.autocast too; what mpgraph captures has them in fp32.
 REFUSED_BY_AUTOCAST = ("vander", "logdet")
 # What torch 2.11 itself refuses to trace, or has no gradient of; and, with symbolic sizes, what it
@@ -110,6 +113,13 @@ def test_a_scan_survives_the_conversion_to_another_opset() -> None:
         assert error(a, b) <= LIMITS[torch.float32]
 
 
+def test_an_offset_in_memory_counts_from_where_the_memory_starts() -> None:
+    """Not from the first element of a slice."""
+    found = run(lambda x: x[1:].as_strided((3, 2), (2, 1), 4), [(4, 3)], torch.float32)
+    for a, b in zip(found.found, found.eager, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_ctc_in_fp64_stays_in_fp64() -> None:
     """Constants of the Scan are of its dtype."""
     lengths = torch.tensor([12, 9]), torch.tensor([4, 2])
@@ -147,6 +157,7 @@ REFUSED = {
         (Ints((2, 5), 7), (7, 3)),
     ),
     "polygamma of order 2": (lambda x: torch.polygamma(2, x.detach()) * x, ((3,),)),
+    "names all of their elements": (lambda x: x[2:].as_strided((2, 2), (2, 1), 0), ((4, 3),)),
     "65 by 65": (lambda x: torch.linalg.inv(x), ((65, 65),)),
     "fixed number of rows": (torch.pdist, ((4, 3),)),
     "fixed number of elements": (lambda x: x.cummax(0)[0], ((5, 3),)),

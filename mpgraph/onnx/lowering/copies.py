@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mpgraph.errors import ExportError
 from mpgraph.onnx.lowering.constants import constant
@@ -39,17 +41,62 @@ def _as_strided(
 ) -> Tensor:
     if not size and x.numel() == 1:
         return x.view([])
-    if not offset and _lies_so(x, size, stride):
+    start = offset or 0
+    if start == 0 and _lies_so(x, size, stride):
         return x.clone()
-    if not x.is_contiguous() or any(not isinstance(n, int) for n in (*size, *stride, *x.shape)):
-        raise ExportError(
-            "as_strided reads memory, of which an ONNX graph knows nothing: it is only translated "
-            "for contiguous tensors of fixed size. Use slices, unfold or reshape."
-        )
-    places = [offset or 0]
+    order = dense_order(size, stride)
+    if start == 0 and x.is_contiguous() and order is not None and x.numel() == math.prod(size):
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        return x.reshape([size[d] for d in order]).permute(inverse).clone()
+    if not x.is_contiguous():
+        raise ExportError(_MEMORY)
+    return x.flatten()[constant(places_of(x, size, stride, start))].view(list(size))
+
+
+_MEMORY = (
+    "as_strided reads and writes memory, of which an ONNX graph knows nothing: it is only "
+    "translated for contiguous tensors of fixed size, and where it names all of their elements "
+    "once. Use slices, unfold or reshape."
+)
+
+
+def dense_order(size: Sequence[int], stride: Sequence[int]) -> list[int] | None:
+    """The axes as they lie in memory, the outermost first, if these strides leave no gap.
+
+    An axis of size 1 lies anywhere.
+    """
+    long = [d for d in range(len(size)) if not _is(size[d], 1)]
+    order: list[int] = []
+    step: Any = 1
+    while long:
+        found = next((d for d in reversed(long) if _is(stride[d], step)), None)
+        if found is None:
+            return None
+        long.remove(found)
+        order.insert(0, found)
+        step = step * size[found]
+    return [d for d in range(len(size)) if d not in order] + order
+
+
+def _is(size: Any, other: Any) -> bool:
+    """Whether two sizes are equal for every batch; nothing is fixed by asking."""
+    return statically_known_true(size == other)
+
+
+def places_of(x: Tensor, size: Sequence[int], stride: Sequence[int], start: int) -> list[int]:
+    """Which elements of ``x``, counted in a row, strides reach.
+
+    Raises:
+        ExportError: A size is none that is known, or they reach beyond ``x``.
+    """
+    if any(not isinstance(n, int) for n in (start, *size, *stride, *x.shape)):
+        raise ExportError(_MEMORY)
+    places = [start]
     for n, step in zip(size, stride, strict=True):
         places = [base + i * step for base in places for i in range(n)]
-    return x.flatten()[constant(places)].view(list(size))
+    if places and not 0 <= min(places) <= max(places) < x.numel():
+        raise ExportError(_MEMORY)
+    return places
 
 
 def _lies_so(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mpgraph.onnx.lowering.constants import constant
+from mpgraph.onnx.lowering.copies import dense_order, places_of
 from mpgraph.onnx.lowering.row import Row
 
 aten = torch.ops.aten
@@ -50,11 +51,11 @@ def _unfold_backward(grad: Tensor, sizes: Sequence[int], dim: int, size: int, st
 def _as_strided_scatter(
     x: Tensor, source: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None
 ) -> Tensor:
-    places = [offset or 0]
-    for n, step in zip(size, stride, strict=True):
-        places = [base + i * step for base in places for i in range(n)]
-    flat = x.reshape(-1).scatter(0, constant(places), source.reshape(-1))
-    return flat.view(x.shape)
+    start, order = offset or 0, dense_order(size, stride)
+    if start == 0 and order is not None and x.numel() == math.prod(size):
+        return source.permute(order).reshape(x.shape)
+    places = constant(places_of(x, size, stride, start))
+    return x.reshape(-1).scatter(0, places, source.reshape(-1)).view(x.shape)
 
 
 def _diagonal_scatter(
