@@ -120,6 +120,22 @@ def test_an_offset_in_memory_counts_from_where_the_memory_starts() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", LIMITS, ids=["fp32", "fp16", "bf16"])
+def test_experts_of_transformers_take_the_rows_that_are_theirs(dtype: torch.dtype) -> None:
+    """Two rows, none and four; the last row is nobody's."""
+    moe = pytest.importorskip("transformers.integrations.moe")
+    assert moe is not None  # it defines the operator
+    ends = torch.tensor([2, 2, 6])
+
+    def function(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        return torch.ops.transformers.grouped_mm_fallback(x, matrices, ends)
+
+    found = run(function, [(7, 4), (3, 4, 5)], dtype)
+    expected = found.eager if dtype is torch.float32 else found.graph
+    for a, b in zip(found.found, expected, strict=True):
+        assert error(a, b) <= LIMITS[dtype]
+
+
 def test_ctc_in_fp64_stays_in_fp64() -> None:
     """Constants of the Scan are of its dtype."""
     lengths = torch.tensor([12, 9]), torch.tensor([4, 2])

@@ -19,6 +19,7 @@ from mpgraph.onnx.lowering import (
     convolution,
     copies,
     ctc,
+    grouped,
     interpolation,
     linear_algebra,
     losses,
@@ -60,16 +61,20 @@ ROWS: tuple[Row, ...] = (
 )
 
 
-@functools.cache
 def decompositions(opset: int) -> dict[Any, Callable[..., Any]]:
     """By operator: mpgraph's rows, then torch's decompositions of what torchlib does not know."""
+    return _decompositions(opset, grouped.rows_of_libraries())
+
+
+@functools.cache
+def _decompositions(opset: int, more: tuple[Row, ...]) -> dict[Any, Callable[..., Any]]:
     from torch.onnx._internal.exporter import _decomp
 
     from mpgraph.onnx.registry import registry
 
     known = set(_decomp.get_onnx_implemented_overloads(registry(opset)))
     table: dict[Any, Callable[..., Any]] = _decomp.create_onnx_friendly_decomposition_table(known)
-    for row in ROWS:
+    for row in (*ROWS, *more):
         for target in row.targets:
             table[target] = row.function
     return table
@@ -77,4 +82,5 @@ def decompositions(opset: int) -> dict[Any, Callable[..., Any]]:
 
 def targets() -> frozenset[torch._ops.OpOverload]:
     """Every operator that has a row."""
-    return frozenset(target for row in ROWS for target in row.targets)
+    rows = (*ROWS, *grouped.rows_of_libraries())
+    return frozenset(target for row in rows for target in row.targets)
