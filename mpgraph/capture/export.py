@@ -40,6 +40,7 @@ from mpgraph.capture.taken_values import taken_values_refused
 from mpgraph.capture.threads import other_threads_untraced
 from mpgraph.capture.transforms import refuse_transforms
 from mpgraph.capture.writes import writes_taken_back
+from mpgraph.lru_caches import no_traced_values_cached
 from mpgraph.plain import MODULE_STATE
 from mpgraph.recurrent import looked_at
 from mpgraph.refused_in_16_bit import looked_at_in_fp32
@@ -317,9 +318,10 @@ _LOGGERS = (
 
 def _export(wrapper: _FlatModule, call: Call) -> torch.export.ExportedProgram:
     shapes = tuple({dim: Dim.AUTO for dim in sorted(dims)} for dims in call.dynamic)
-    return torch.export.export(
-        wrapper, tuple(call.leaves), {}, strict=False, dynamic_shapes={"leaves": shapes}
-    )
+    with no_traced_values_cached():
+        return torch.export.export(
+            wrapper, tuple(call.leaves), {}, strict=False, dynamic_shapes={"leaves": shapes}
+        )
 
 
 _KINDS = {

@@ -32,6 +32,7 @@ from mpgraph.capture.detect import NeedsDynamo, watch_step
 from mpgraph.capture.held import held_in_places
 from mpgraph.capture.writes import writes_taken_back
 from mpgraph.errors import CaptureError, MPGraphError
+from mpgraph.lru_caches import no_traced_values_cached
 from mpgraph.module import State
 from mpgraph.step.inside import Assigned, Inside, ModelCall
 from mpgraph.step.joint import copied_as, fresh, mark
@@ -164,7 +165,10 @@ def _run_once(trace: _Trace, leaves: Tensors, dynamic: Sequence[frozenset[int]])
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     reads = LossReads(trace.loss_fn, trace.model)
     modules = nn.ModuleList([trace.model, *reads.modules()])
-    with _refusing(reads), writes_taken_back(), uncompiled(trace.model), mode, _unheard():
+    with (
+        _refusing(reads), writes_taken_back(), no_traced_values_cached(),
+        uncompiled(trace.model), mode, _unheard(),
+    ):  # fmt: skip
         varying = dynamic or [frozenset[int]()] * len(leaves)
         fakes = [_fake_leaf(mode, *pair) for pair in zip(leaves, varying, strict=True)]
         with attribute_reads(modules) as record:
