@@ -34,7 +34,7 @@ def no_traced_values_cached() -> Iterator[None]:
 
 def _caches() -> list[Any]:
     kind: Any = functools._lru_cache_wrapper
-    found = [value for value in gc.get_objects() if type(value) is kind]
+    found = [value for value in gc.get_referrers(kind) if type(value) is kind]
     return [c for c in found if _library(c) not in _LIBRARIES and c.cache_info().currsize]
 
 

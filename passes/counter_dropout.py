@@ -119,6 +119,44 @@ def _normal(draw: Draw, shape: Sequence[Any]) -> Tensor:
     return found
 
 
+def _exponential(draw: Draw, x: Tensor, rate: float = 1.0, **_: Any) -> Tensor:
+    """The logarithm of a uniform number; never 0, whose logarithm a Gumbel distribution takes."""
+    found: Tensor = (-torch.log(1 - draw(x.shape))).clamp(min=2.0**-24) / rate
+    return found.to(x.dtype)
+
+
+def _integers(draw: Draw, low: int, high: int, shape: Sequence[Any]) -> Tensor:
+    """From ``low`` up to ``high`` - 1, in integers."""
+    if high - low > _MOST_INTEGERS:
+        raise ExportError(
+            f"random integers from {low} to {high - 1} are more than the 2**24 different numbers "
+            "that exported steps draw. Pass them with the batch."
+        )
+    bits = (draw(shape) * _MOST_INTEGERS).to(torch.int64)
+    return torch.div(bits * (high - low), _MOST_INTEGERS, rounding_mode="trunc") + low
+
+
+_MOST_INTEGERS = 1 << 24
+
+
+def _randint(draw: Draw, low: int, high: int, size: Any, **options: Any) -> Tensor:
+    return _integers(draw, low, high, size).to(options.get("dtype") or torch.int64)
+
+
+def _randint_like(draw: Draw, x: Tensor, low: int, high: int, **options: Any) -> Tensor:
+    return _integers(draw, low, high, x.shape).to(options.get("dtype") or x.dtype)
+
+
+def _permutation(draw: Draw, count: Any, **options: Any) -> Tensor:
+    """The order of random numbers."""
+    return torch.argsort(draw((count,))).to(options.get("dtype") or torch.int64)
+
+
+def _normal_around(draw: Draw, mean: Any, std: Any, **_: Any) -> Tensor:
+    like: Tensor = mean + std
+    return (_normal(draw, like.shape) * std + mean).to(like.dtype)
+
+
 def _dtype(options: dict[str, Any]) -> torch.dtype:
     return options.get("dtype") or torch.get_default_dtype()
 
@@ -135,6 +173,18 @@ ROWS: dict[OpOverload, Callable[..., Any]] = {
     ).to(x.dtype),
     aten.randn.default: lambda draw, size, **options: _normal(draw, size).to(_dtype(options)),
     aten.randn_like.default: lambda draw, x, **_: _normal(draw, x.shape).to(x.dtype),
+    aten.normal.float_float: lambda draw, mean, std, size, **options: (
+        _normal(draw, size) * std + mean
+    ).to(_dtype(options)),
+    aten.normal.Tensor_float: lambda draw, mean, std=1.0, **_: _normal_around(draw, mean, std),
+    aten.normal.float_Tensor: _normal_around,
+    aten.normal.Tensor_Tensor: _normal_around,
+    aten.exponential_.default: _exponential,
+    aten.randint.default: lambda draw, high, size, **o: _randint(draw, 0, high, size, **o),
+    aten.randint.low: _randint,
+    aten.randint_like.default: lambda draw, x, high, **o: _randint_like(draw, x, 0, high, **o),
+    aten.randint_like.low_dtype: _randint_like,
+    aten.randperm.default: _permutation,
     aten.normal_.default: lambda draw, x, mean=0.0, std=1.0, **_: (
         _normal(draw, x.shape) * std + mean
     ).to(x.dtype),
@@ -145,6 +195,7 @@ def _unknown(node: fx.Node) -> str:
     line = ir.source_line(node)
     return (
         f"%{node.name} ({node.target}) draws random numbers in a way that exported steps do not "
-        "know: they know dropout, bernoulli, rand, randn, uniform and normal. Draw in one of these "
-        "ways, or pass the numbers with the batch." + (f"\n  from: {line}" if line else "")
+        "know: they know dropout, bernoulli, uniform, normal and exponential numbers, random "
+        "integers and permutations. Draw in one of these ways, or pass the numbers with the batch."
+        + (f"\n  from: {line}" if line else "")
     )

@@ -32,7 +32,8 @@ def translations(opset: int, known: Callable[[Any], Translation]) -> Mapping[Any
     div_mode = known(aten.div.Tensor_mode)
 
     def sym_numel(x: Any) -> Any:
-        return op.Size(x)
+        # onnxruntime has no Size of bf16 values, and a Shape of all.
+        return op.ReduceProd(op.Shape(x), keepdims=0)
 
     def divide(x: Any, y: Any, rounding_mode: str | None = None) -> Any:
         # torchlib divides integers in float32, which is wrong above 2**24.

@@ -105,6 +105,13 @@ def test_a_symbolic_batch_takes_other_sizes(row: Row) -> None:
         assert error(a, b) <= LIMITS[torch.float32]
 
 
+@pytest.mark.parametrize("dtype", LIMITS, ids=["fp32", "fp16", "bf16"])
+def test_elements_of_a_symbolic_batch_are_counted_in_every_dtype(dtype: torch.dtype) -> None:
+    """onnxruntime lacks a node for it in bf16."""
+    found = run(lambda x: x[:, :1] * 0 + x.numel(), [(4, 8)], dtype, size=8)
+    assert found.found[0].unique().tolist() == [64.0]
+
+
 def test_a_scan_survives_the_conversion_to_another_opset() -> None:
     """torch.onnx writes operators of opset 18 and converts them, those inside too."""
     row = next(row for row in ROWS if row.name == "ctc")

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mpgraph.errors import ExportError
 from mpgraph.onnx.philox import philox, uniform
-from mpgraph.passes.counter_dropout import SEED, STEP, counter_dropout
+from mpgraph.passes.counter_dropout import ROWS, SEED, STEP, counter_dropout
 from mpgraph.pipeline import run_passes
 from mpgraph.policy import Policy
 from mpgraph.step.joint import StepContext
@@ -75,6 +75,62 @@ def test_dropout_becomes_a_comparison_and_the_step_is_counted() -> None:
     after = dict(zip((slot.name for slot in slots), given, strict=True))
     assert after[STEP.name] == 2
     assert after[SEED.name] == 5
+
+
+def _drawn(function: Any) -> torch.Tensor:
+    gm = _graph(function)
+    assert _run(gm) == 3
+    values = {SEED.name: torch.tensor(5), STEP.name: torch.tensor(1), "x": torch.ones(4, 6)}
+    slots = [node.meta["slot"] for node in gm.graph.find_nodes(op="placeholder")]
+    found: torch.Tensor = gm(*[values[slot.name].clone() for slot in slots])["results"][0]
+    return found
+
+
+# Of each distribution, its mean and its variance.
+_SIZE = (300, 100)
+DISTRIBUTIONS: dict[str, tuple[Any, float, float]] = {
+    "exponential": (lambda x: x.new_empty(_SIZE).exponential_(2.0), 0.5, 0.25),
+    "normal": (lambda x: torch.normal(3.0, 2.0, _SIZE), 3.0, 4.0),
+    "normal of means": (lambda x: torch.normal(x.new_full(_SIZE, 3.0), 2.0), 3.0, 4.0),
+    "normal of widths": (lambda x: torch.normal(3.0, x.new_full(_SIZE, 2.0)), 3.0, 4.0),
+    "normal of both": (
+        lambda x: torch.normal(x.new_full(_SIZE, 3.0), x.new_full(_SIZE, 2.0)), 3.0, 4.0,
+    ),
+    "randint": (lambda x: torch.randint(10, _SIZE), 4.5, 99 / 12),
+    "randint from": (lambda x: torch.randint(-3, 7, _SIZE, dtype=torch.int32), 1.5, 99 / 12),
+    "randint_like": (lambda x: torch.randint_like(x.new_empty(_SIZE), 10), 4.5, 99 / 12),
+    "randint_like from": (lambda x: torch.randint_like(x.new_empty(_SIZE), -3, 7), 1.5, 99 / 12),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_a_distribution_has_its_mean_and_its_variance(name: str) -> None:
+    function, mean, variance = DISTRIBUTIONS[name]
+    found, own = _drawn(function), function(torch.ones(4, 6))
+    assert (found.dtype, found.shape) == (own.dtype, own.shape)
+    error = 5 * (variance / found.numel()) ** 0.5
+    assert float(found.double().mean()) == pytest.approx(mean, abs=error)
+    assert float(found.double().var()) == pytest.approx(variance, rel=0.1)
+    if "randint" in name:
+        assert len(found.unique()) == 10
+
+
+def test_the_logarithm_of_an_exponential_number_is_finite() -> None:
+    """As F.gumbel_softmax takes it, also where the uniform number is 0, and in fp16."""
+    row = ROWS[torch.ops.aten.exponential_.default]
+    drawn = row(lambda shape: torch.tensor([0.0, 1 - 2.0**-24]), torch.empty(2).half())
+    assert drawn.log().isfinite().all()
+
+
+def test_a_permutation_has_every_number_once() -> None:
+    found = _drawn(lambda x: torch.randperm(1000))
+    assert torch.equal(found.sort().values, torch.arange(1000))
+    assert not torch.equal(found, torch.arange(1000))
+
+
+def test_more_integers_than_numbers_are_drawn_are_refused() -> None:
+    with pytest.raises(ExportError, match=r"from 0 to 33554431 are more than the 2\*\*24"):
+        _run(_graph(lambda x: torch.randint(1 << 25, (3,))))
 
 
 def test_a_graph_without_random_numbers_stays_as_it_is() -> None:
