@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 
 from mpgraph.onnx.composites import ANTIALIASED
 from mpgraph.onnx.lowering.linear_algebra import determinant, log_determinant
@@ -40,6 +41,8 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     # Its own backward writes the example's size into the graph.
     aten.trace.default: lambda x: x.diagonal().sum(),
     **ANTIALIASED,
+    # Nor does its backward take a symbolic size.
+    aten.affine_grid_generator.default: decomposition_table[aten.affine_grid_generator.default],
 }
 
 # What is traced without a kernel for fake values: (log_probs, targets, ...) to what it yields.

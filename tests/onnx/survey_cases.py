@@ -234,6 +234,7 @@ ROWS: tuple[Row, ...] = (
     row("grid_sample border", lambda x, g: F.grid_sample(x, g, padding_mode="border", align_corners=True), ((2, 3, 5, 6), (2, 4, 3, 2))),
     row("grid_sample nearest", lambda x, g: F.grid_sample(x, g.tanh(), mode="nearest", align_corners=False), ((2, 3, 5, 6), (2, 4, 3, 2))),
     row("affine_grid", lambda t: F.affine_grid(t, [2, 3, 4, 5], align_corners=False), ((2, 2, 3),), fixed=True),
+    row("affine_grid of the batch", lambda t: F.affine_grid(t, [t.shape[0], 3, 4, 5], align_corners=True), ((2, 2, 3),)),
     row("pixel_shuffle", lambda x: F.pixel_shuffle(x, 2), ((2, 8, 3, 4),)),
     row("pixel_unshuffle", lambda x: F.pixel_unshuffle(x, 2), ((2, 3, 4, 6),)),
     row("unfold", lambda x: F.unfold(x, 3, padding=1, stride=2), _IMAGE),

@@ -22,7 +22,7 @@ LIMITS = {torch.float32: 1e-5, torch.float16: 2 * 2.0**-10, torch.bfloat16: 2 * 
 FEW = ("conv", "max_pool", "softmax", "layer_norm", "cross_entropy", "sdpa causal", "index_put")
 RESIZED = (
     "interpolate bilinear", "group_norm", "multi_margin", "ctc of lengths in the batch",
-    "adaptive_avg_pool of channels last", "as_strided turned",
+    "adaptive_avg_pool of channels last", "as_strided turned", "affine_grid of the batch",
 )  # fmt: skip
 # torch refuses them in 16 bit under torch.autocast too; what mpgraph captures has them in fp32.
 REFUSED_BY_AUTOCAST = ("vander", "logdet")

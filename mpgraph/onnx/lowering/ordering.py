@@ -76,6 +76,10 @@ def _most_frequent_of_any_number(rows: Tensor) -> Tensor:
     return torch.where(is_frequent, rows, torch.inf).amin(-1, keepdim=True).to(rows.dtype)
 
 
+def _permutation(count: int, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+    return torch.rand(count).argsort().to(dtype or torch.int64)
+
+
 def _extreme(choose: Any) -> Any:
     """The larger, or smaller, of two; of a number and NaN, the number."""
 
@@ -120,6 +124,10 @@ ROWS = (
     Row(
         (aten.mode.default,), _mode, "of the sorted row, the first of the longest run",
         "aten/src/ATen/native/ReduceOps.cpp and cpu/SortingKernel.cpp; the last of its places",
+    ),
+    Row(
+        (aten.randperm.default,), _permutation, "the order of random numbers",
+        "a step's own are drawn from its counter; these, in evaluation, by the runtime",
     ),
     Row((aten.fmax.default,), _extreme(torch.maximum), "maximum, but for NaN", "torch.fmax"),
     Row((aten.fmin.default,), _extreme(torch.minimum), "minimum, but for NaN", "torch.fmin"),
