@@ -430,6 +430,8 @@ def test_a_size_that_the_model_fixes_is_noted(tmp_path):
     assert report.notes[-1] == (
         "x: the size 3 of dimension 0 is fixed; the model computes with it as a number"
     )
+    (x,) = onnx.load(path).graph.input
+    assert x.type.tensor_type.shape.dim[0].dim_value == 3  # not one that is called "3"
     report = mpgraph.export_onnx(MLP(), path, torch.randn(1, 8), precision="bf16")
     assert "give an example with a larger one" in report.notes[-1]
 
