@@ -145,6 +145,7 @@ OPTIMIZERS: dict[str, Callable[[Any], optim.Optimizer]] = {
     "adafactor": lambda p: optim.Adafactor(p, lr=0.01, foreach=False),
     "adadelta": lambda p: optim.Adadelta(p, foreach=False),
     "lion": lambda p: Lion(p),
+    "muon": lambda p: optim.Muon([q for q in p if q.dim() == 2], lr=0.02),
 }
 
 

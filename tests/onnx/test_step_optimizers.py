@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,6 +53,28 @@ def test_steps_from_a_fresh_optimizer_equal_torch(name: str, tmp_path: Path) -> 
         found = errors(pair.trainer.state_dict(), expected)
         # Adam's kind divides small gradients by themselves, centered RMSprop by a difference.
         assert max(found.values()) <= 1e-4, found
+        pair.trainer._buffers.put({name: value.numpy() for name, value in expected.items()})
+
+
+def test_an_update_in_bf16_is_that_of_torch_within_its_units(tmp_path: Path) -> None:
+    """Muon's, of matrices: sums in another order move a rounding of what it adds now and then."""
+    case = CASES["mlp"]
+
+    def make(parameters: Any) -> optim.Optimizer:
+        return optim.Muon([p for p in parameters if p.dim() == 2], lr=0.02)
+
+    pair = Pair(case, "fp32", tmp_path, make)
+    for _ in range(4):
+        batch, before = case.batch(4), pair.trainer.state_dict()
+        pair.step(*batch)
+        pair.trainer.step(**pair.named(batch))
+        found, expected = pair.trainer.state_dict(), in_torch_state(pair)
+        for name, value in expected.items():
+            moved = np.abs(value.numpy() - before[name]).max()
+            limit = (
+                2 * 2.0**-8 * moved if name.endswith("weight") else 1e-5 * float(value.abs().max())
+            )
+            assert np.abs(found[name] - value.numpy()).max() <= limit, name
         pair.trainer._buffers.put({name: value.numpy() for name, value in expected.items()})
 
 
