@@ -205,3 +205,32 @@ def test_hooks_around_the_model_are_part_of_what_it_returns(
     model.register_forward_hook(lambda _, __, result: {k: v * 3.0 for k, v in result.items()})
     assert exported(model, plain, tmp_path, monkeypatch) == 1
     assert_predicts(tmp_path, model)
+
+
+class Noisy(nn.Linear):
+    """Draws in evaluation too, as a variational autoencoder does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """With noise in the dtype of the layer."""
+        y = super().forward(x)
+        return y + torch.randn_like(y) + torch.rand_like(y) + y[torch.randperm(y.shape[0])]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_drawn_in_evaluation_is_drawn_by_the_runtime(
+    precision: str, tmp_path: Path
+) -> None:
+    """In every precision; of a step in training, by its own counter."""
+    model = Noisy(4, 3)
+    step = mpgraph.TrainStep(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        lambda model, x: model(x).float().square().mean(),
+        precision=precision,
+        compile=False,
+    )
+    step.export_onnx(tmp_path, example_inputs=(torch.randn(5, 4),))
+    x = torch.randn(7, 4).numpy()
+    first, second = (OnnxTrainer(tmp_path, threads=1) for _ in range(2))
+    assert first.evaluate([{"x": x}])["loss"] != first.evaluate([{"x": x}])["loss"]
+    assert first.step(x=x)["loss"] == second.step(x=x)["loss"]
