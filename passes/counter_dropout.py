@@ -154,7 +154,8 @@ def _permutation(draw: Draw, count: Any, **options: Any) -> Tensor:
 
 def _normal_around(draw: Draw, mean: Any, std: Any, **_: Any) -> Tensor:
     like: Tensor = mean + std
-    return (_normal(draw, like.shape) * std + mean).to(like.dtype)
+    found: Tensor = (_normal(draw, like.shape) * std + mean).to(like.dtype)
+    return found
 
 
 def _dtype(options: dict[str, Any]) -> torch.dtype:

@@ -319,7 +319,7 @@ _OFFSETS: dict[Any, int] = {
 def _count_from_input(node: fx.Node, value: torch.Tensor) -> None:
     """Have an offset count from the first element of a tensor, which is alone in the new graph."""
     place = _OFFSETS[node.target]
-    offset = [*node.args[place:], node.kwargs.get("storage_offset")][0]
+    offset: Any = [*node.args[place:], node.kwargs.get("storage_offset")][0]
     if offset is not None:
         node.args = (*node.args[:place], offset - value.storage_offset())
         node.kwargs = {}
