@@ -104,7 +104,7 @@ def _opened(opset: int) -> dict[Any, Callable[..., Any]]:
         if isinstance(target, torch._ops.OpOverload) and target._can_decompose()
     ]
     made = {target: _composite(target) for target in composite if not _is_known(target, opset)}
-    return {**made, **ANTIALIASED}
+    return {**made, **RESIZED}
 
 
 def _composite(target: Any) -> Callable[..., Any]:
@@ -115,23 +115,27 @@ def _composite(target: Any) -> Callable[..., Any]:
     return run
 
 
-def _antialiased(resize: Any) -> Callable[..., Any]:
+def _resized(resize: Any) -> Callable[..., Any]:
     """As torch's own, which asks for the numbers of sizes."""
 
-    def run(x: Tensor, size: Any, align: bool, factors: Any = None) -> Any:
+    def run(x: Tensor, size: Any, *rest: Any) -> Any:
+        *align, factors = rest
         if size is None:
             sym_int: Any = torch.sym_int
             size = [sym_int(n * f) for n, f in zip(x.shape[2:], factors, strict=True)]
-        return resize(x, size, align, *(factors or ()))
+        return resize(x, size, *align, *(factors or ()))
 
     return run
 
 
 # By operator: what torch's own does with numbers alone, for symbolic sizes too.
-ANTIALIASED: dict[Any, Callable[..., Any]] = {
-    aten._upsample_bilinear2d_aa.vec: _antialiased(aten._upsample_bilinear2d_aa.default),
-    aten._upsample_bicubic2d_aa.vec: _antialiased(aten._upsample_bicubic2d_aa.default),
-}
+RESIZED: dict[Any, Callable[..., Any]] = {
+    packet.vec: _resized(packet.default)
+    for packet in (
+        aten.upsample_linear1d, aten._upsample_nearest_exact1d, aten._upsample_nearest_exact2d,
+        aten._upsample_nearest_exact3d, aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa,
+    )
+}  # fmt: skip
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

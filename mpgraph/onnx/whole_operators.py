@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
 
-from mpgraph.onnx.composites import ANTIALIASED
+from mpgraph.onnx.composites import RESIZED
 from mpgraph.onnx.lowering.linear_algebra import determinant, log_determinant
 from mpgraph.python_kernels import PythonKernels
 
@@ -40,7 +40,7 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     aten._linalg_slogdet.default: log_determinant,
     # Its own backward writes the example's size into the graph.
     aten.trace.default: lambda x: x.diagonal().sum(),
-    **ANTIALIASED,
+    **RESIZED,
     # Nor does its backward take a symbolic size.
     aten.affine_grid_generator.default: decomposition_table[aten.affine_grid_generator.default],
 }

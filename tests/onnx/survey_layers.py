@@ -183,6 +183,7 @@ ROWS: tuple[Row, ...] = (
     row("interpolate bicubic, corners", lambda x: F.interpolate(x, size=(13, 5), mode="bicubic", align_corners=True), _IMAGE),
     row("interpolate bicubic to a scale", lambda x: F.interpolate(x, scale_factor=(1.3, 0.7), mode="bicubic", recompute_scale_factor=True), _IMAGE),
     row("interpolate trilinear, corners", lambda x: F.interpolate(x, size=(3, 7, 9), mode="trilinear", align_corners=True), _VOLUME),
+    row("interpolate linear by a fraction", lambda x: F.interpolate(x, scale_factor=1.7, mode="linear"), _LINE),
     row("interpolate bilinear, antialiased", lambda x: F.interpolate(x, size=(5, 3), mode="bilinear", antialias=True), _IMAGE),
     row("interpolate bicubic, antialiased", lambda x: F.interpolate(x, size=(5, 3), mode="bicubic", antialias=True), _IMAGE, fixed=True),
     row("interpolate bilinear, antialiased, corners", lambda x: F.interpolate(x, size=(5, 3), mode="bilinear", antialias=True, align_corners=True), _IMAGE),

@@ -45,13 +45,17 @@ _bilinear_aa = _of_pictures(aten._upsample_bilinear2d_aa)
 _bicubic_aa = _of_pictures(aten._upsample_bicubic2d_aa)
 
 
-def _forward(matrix: Matrix) -> Callable[..., Any]:
-    """What onnxruntime's Resize with antialiasing is not exact in: aligned corners, odd factors."""
+def _forward(matrix: Matrix, *, corners: bool = True) -> Callable[..., Any]:
+    """What onnxruntime's Resize does not do: factors that the sizes alone do not tell.
+
+    With antialiasing it is not exact where ``corners`` are aligned, either.
+    """
 
     def forward(x: Tensor, output_size: Sequence[int], align: bool, *scales: Any) -> Any:
-        axes = [*zip((2, 3), output_size, scales or (None, None), strict=True)]
+        places = range(2, x.dim())
+        axes = [*zip(places, output_size, scales or [None] * len(places), strict=True)]
         exact = all(scale is None or x.shape[place] * scale == out for place, out, scale in axes)
-        if exact and not align:
+        if exact and not (align and corners):
             return NotImplemented
         for place, out, scale in axes:
             with _disable_current_modes():
@@ -89,6 +93,7 @@ def _row(matrix: Matrix, *targets: Any, aligns: bool = True) -> Row:
 
 
 ROWS = (
+    Row((aten.upsample_linear1d.default,), _forward(_linear, corners=False), _FORMULA, _SOURCE),
     Row((aten._upsample_bilinear2d_aa.default,), _forward(_bilinear_aa), _FORMULA, _SOURCE),
     Row((aten._upsample_bicubic2d_aa.default,), _forward(_bicubic_aa), _FORMULA, _SOURCE),
     _row(

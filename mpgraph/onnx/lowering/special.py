@@ -122,6 +122,13 @@ def _erfinv(y: Tensor) -> Tensor:
     return torch.where(away == 1, y * torch.inf, x)
 
 
+def _log_ndtr(x: Tensor) -> Tensor:
+    raise ExportError(
+        "log_ndtr cannot be exported: ONNX has erf alone, whose distance from 1 is 0 in float32 "
+        "from x = -6 on, and the logarithm of that -inf. Use log(ndtr(x)) where x stays above."
+    )
+
+
 _SERIES = "Abramowitz and Stegun, Handbook of mathematical functions"
 _SHIFTED = "in fp64, from x + 10 by the recurrence where x is below 10, mirrored below 0.5"
 
@@ -140,6 +147,9 @@ ROWS = (
         (aten.polygamma.default,), _polygamma,
         f"1 / x + 1 / 2x**2 + sum B2k / x**(2k + 1) for order 1, {_SHIFTED}",
         f"{_SERIES}, 6.4.12, 6.4.6, 6.4.7",
+    ),
+    Row(
+        (aten.special_log_ndtr.default,), _log_ndtr, "refused", "ONNX, Erf: there is no Erfc",
     ),
     Row(
         (aten.erfinv.default,), _erfinv,
