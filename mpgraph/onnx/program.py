@@ -29,6 +29,7 @@ from mpgraph import ir
 from mpgraph.errors import ExportError
 from mpgraph.onnx.composites import opened
 from mpgraph.onnx.whole_operators import whole_operators
+from mpgraph.recurrent import unrolled_in_shape
 
 State = Mapping[str, tuple[str, torch.Tensor]]
 NO_STATE: State = types.MappingProxyType({})
@@ -108,7 +109,7 @@ def make_functional(
     """
     table = opened(opset, half_products=half_products)
     try:
-        with quiet(), whole_operators:
+        with quiet(), whole_operators, unrolled_in_shape:
             made = program.run_decompositions(table)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
