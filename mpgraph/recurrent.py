@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch._C import DispatchKey
+from torch._decomp import decomposition_table
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import _SingleLevelFunction
@@ -247,15 +248,26 @@ def _in_shape(unrolled: Callable[..., Any]) -> Callable[..., Any]:
     torch 2.11's has a dimension too many there, unless the batch is a single sequence.
     """
 
-    def kernel(data: torch.Tensor, states: Sequence[torch.Tensor], *rest: Any) -> Any:
-        output, *last = unrolled(data, states, *rest)
+    def kernel(data: torch.Tensor, states: Sequence[torch.Tensor], *rest: Any, **more: Any) -> Any:
+        output, *last = unrolled(data, states, *rest, **more)
         pairs = zip(last, states, strict=True)
         return output, *(a if a.dim() == b.dim() else a.reshape(b.shape) for a, b in pairs)
 
     return kernel
 
 
-unrolled_in_shape = PythonKernels(
-    {OVERLOADS["lstm"]: _in_shape(OVERLOADS["lstm"].py_kernels[_KEY])}, _KEY
-)
-"""While this is active, an LSTM that is unrolled yields what a whole one does."""
+_LSTM = OVERLOADS["lstm"]
+_loop = _in_shape(_LSTM.py_kernels[_KEY])
+_loops = PythonKernels({_LSTM: _loop}, _KEY)
+
+
+@contextlib.contextmanager
+def unrolled_in_shape() -> Iterator[None]:
+    """Let an LSTM that is unrolled yield what a whole one does, on fake values too."""
+    before = decomposition_table[_LSTM]  # which fake values go by
+    with _loops:
+        decomposition_table[_LSTM] = _loop
+        try:
+            yield
+        finally:
+            decomposition_table[_LSTM] = before

@@ -328,7 +328,7 @@ def test_a_capture_sees_what_it_would_see_unrolled(name: str, autocast: bool) ->
         tensors = [mode.from_tensor(tensor) for tensor in real]
         arguments = recurrent_ops.arguments(name, tensors, options)
         with mode, torch.autocast("cpu", enabled=autocast), enable_python_dispatcher():
-            with recurrent.unrolled_in_shape:  # torch 2.11's LSTM has a dimension too many
+            with recurrent.unrolled_in_shape():  # torch 2.11's LSTM has a dimension too many
                 want = target(*arguments)
             with recurrent.looked_at:
                 got = target(*arguments)

@@ -108,7 +108,7 @@ def in_plain_operators() -> Iterator[None]:
     What mpgraph has rows for stays whole.
     """
     math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with math, whole_operators, unrolled_in_shape:
+    with math, whole_operators, unrolled_in_shape():
         with kept_whole(False), without_onednn(), without_cudnn():
             yield
 

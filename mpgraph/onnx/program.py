@@ -109,7 +109,7 @@ def make_functional(
     """
     table = opened(opset, half_products=half_products)
     try:
-        with quiet(), whole_operators, unrolled_in_shape:
+        with quiet(), whole_operators, unrolled_in_shape():
             made = program.run_decompositions(table)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
