@@ -77,6 +77,18 @@ def test_export_then_inspect_the_file(here, capsys):
     assert lines[-1] == "weights: 424 bytes bf16"
 
 
+def test_a_reader_that_stops_is_no_error(here):
+    """As ``head`` does."""
+    pytest.importorskip("onnxruntime")
+    assert main(["export", "mine.py:plain", "model.onnx", "--precision", "bf16"]) == 0
+    code = "import sys; from mpgraph.cli import main; sys.exit(main(['inspect', 'model.onnx']))"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
 def test_inspect_a_file_as_json(here, capsys):
     pytest.importorskip("onnxruntime")
     run(capsys, "export", "mine:converted", "m.onnx", "--external-data", "--no-verify")
