@@ -1,4 +1,4 @@
-"""Gamma functions and the inverse of the error function."""
+"""Gamma functions, and what belongs to the error function."""
 
 from __future__ import annotations
 
@@ -132,14 +132,7 @@ _CHEBYSHEV = (
 def _log_erfcx(t: Tensor) -> Tensor:
     """``log(exp(t**2) erfc(t))`` for t >= 0, where ``1 - erf(t)`` soon has no digits left."""
     u = 1 / (1 + t / 2)
-    return u.log() + _horner(_CHEBYSHEV, u)
-
-
-def _horner(coefficients: Sequence[float], x: Tensor) -> Tensor:
-    found = torch.zeros_like(x)
-    for coefficient in reversed(coefficients):
-        found = found * x + coefficient
-    return found
+    return u.log() + _polynomial(u, _CHEBYSHEV)
 
 
 def _erfcx(x: Tensor) -> Tensor:
