@@ -45,6 +45,10 @@ _bilinear_aa = _of_pictures(aten._upsample_bilinear2d_aa)
 _bicubic_aa = _of_pictures(aten._upsample_bicubic2d_aa)
 
 
+def _along(x: Tensor, place: int, weights: Tensor) -> Tensor:
+    return (x.transpose(-1, place) @ weights).transpose(-1, place)
+
+
 def _forward(matrix: Matrix, *, corners: bool = True) -> Callable[..., Any]:
     """What onnxruntime's Resize does not do: factors that the sizes alone do not tell.
 
@@ -60,7 +64,7 @@ def _forward(matrix: Matrix, *, corners: bool = True) -> Callable[..., Any]:
         for place, out, scale in axes:
             with _disable_current_modes():
                 weights = matrix(x.shape[place], out, align, scale).to(x.dtype)
-            x = (x.transpose(-1, place) @ weights).transpose(-1, place)
+            x = _along(x, place, weights)
         return x
 
     return forward
@@ -77,8 +81,7 @@ def _backward(matrix: Matrix, *, aligns: bool) -> Callable[..., Tensor]:
             with _disable_current_modes():
                 weights = matrix(input_size[2 + axis], output_size[axis], align, scales[axis])
                 weights = weights.T.contiguous().to(grad.dtype)
-            place = 2 + axis
-            grad = (grad.transpose(-1, place) @ weights).transpose(-1, place)
+            grad = _along(grad, 2 + axis, weights)
         return grad
 
     return backward
